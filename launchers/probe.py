@@ -16,8 +16,8 @@ from dcr_scale.config import EngineConfig, ModelConfig, Source
 from dcr_scale.similarity.settings import SimilarityConfig, load_settings
 
 
-def parse_arguments() -> tuple[list[str], bool]:
-    """All settings as ``key=value``, and whether to measure nothing. Every setting of one value has its own flag."""
+def parse_arguments() -> tuple[list[str], argparse.Namespace]:
+    """All settings as ``key=value``, and the flags beside them. Every setting of one value has its own flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     hints, defaults, keys = get_type_hints(SimilarityConfig), SimilarityConfig(), {}
     for field in fields(SimilarityConfig):
@@ -36,6 +36,10 @@ def parse_arguments() -> tuple[list[str], bool]:
             )
             keys[field.name] = f"{field.name}.path" if branch else field.name
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what would be measured")
+    parser.add_argument(
+        "--plan", type=positive, metavar="RANKS",
+        help="print what it would take on so many ranks (bytes held and sent, micro-steps); reads no weights",
+    )  # fmt: skip
     # The deepspeed launcher puts it in front; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as a.columns.prompt=question")
@@ -48,18 +52,27 @@ def parse_arguments() -> tuple[list[str], bool]:
             text = hints[name] not in (int, bool, int | None)
             value = json.dumps(value, ensure_ascii=False) if text else value
             overrides.append(f"{keys.get(name, name)}={value}")
-    return overrides + given.overrides, given.dry_run
+    return overrides + given.overrides, given
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1, not {text!r}")
+    return int(text)
 
 
 def compare() -> None:
-    overrides, dry_run = parse_arguments()
+    overrides, flags = parse_arguments()
     config = load_settings(overrides)
-    if dry_run:
+    if flags.dry_run or flags.plan:
         if first_rank():
-            from dcr_scale.similarity.command import describe
+            from dcr_scale.similarity.command import describe, plan
 
-            print(typed_yaml.dump(config))
+            if flags.dry_run:
+                print(typed_yaml.dump(config))
             print(describe(config))
+            if flags.plan:
+                print(plan(config, flags.plan))
         return
     from dcr_scale.similarity.command import run
 

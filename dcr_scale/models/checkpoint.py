@@ -235,9 +235,9 @@ def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def resolve(model: ModelConfig) -> Path:
+def resolve(model: ModelConfig, *, weights: bool = True) -> Path:
     """The folder with ``model``'s config.json, tokenizer and safetensors files; fetched or converted when
-    needed.
+    needed. Without ``weights``, the files may be missing and are not fetched.
 
     Raises UserError for a folder that does not exist or is no checkpoint, a Hub id that cannot be
     fetched, and pickled weights unless ``model.allow_pickle``.
@@ -248,30 +248,30 @@ def resolve(model: ModelConfig) -> Path:
     elif model.path == smollm2.NAME:
         return smollm2.embedded_folder()
     elif _HUB_ID.fullmatch(model.path) and not model.path.startswith("."):
-        folder = _fetch(model)
+        folder = _fetch(model, weights)
     else:
         raise UserError(
             f"model.path: {model.path}: no such folder; give a local folder, a Hub id (owner/name) or {smollm2.NAME}"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {folder}: holds no config.json; a checkpoint in Hub layout is needed")
-    if not holds_safetensors(folder):
+    if weights and not holds_safetensors(folder):
         return pickled.converted_folder(folder, allow_pickle=model.allow_pickle)
     return folder
 
 
-def _fetch(model: ModelConfig) -> Path:
+def _fetch(model: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
-    weights = ["*.safetensors", *(pickled.PATTERNS if model.allow_pickle else [])]
+    patterns = ["*.safetensors", *(pickled.PATTERNS if model.allow_pickle else [])] if weights else []
     revision = f" (revision {model.revision})" if model.revision else ""
     try:
         return Path(
             snapshot_download(
                 model.path,
                 revision=model.revision,
-                allow_patterns=weights + _COMPANIONS,
+                allow_patterns=patterns + _COMPANIONS,
                 ignore_patterns=_DUPLICATES if not model.allow_pickle else _DUPLICATES[:-1],
             )
         )

@@ -69,6 +69,7 @@ def plan_measurement(
     rank: int = 16,
     groups: int = 4,
     output_probes: int = 4,
+    parameters: str = "all",
     micro_batch_tokens: int = 4096,
     element_bytes: int = 2,
     checkpointing: bool = True,
@@ -76,14 +77,19 @@ def plan_measurement(
 ) -> ProbePlan:
     """Plan the measurement of prompts of ``lengths`` tokens with one another.
 
+    Raises ValueError for fewer prompts than ranks, and for a parameter whose gradient no rule sketches.
+
     Args:
         config: the model's transformers configuration.
+        rank, groups, output_probes, parameters, micro_batch_tokens: of :class:`~dcr_scale.probe.KernelProbe`.
         element_bytes: of a weight and an activation.
         checkpointing: activations are recomputed in the backward pass, which gathers every layer once more.
         persistence_threshold: parameters of fewer elements are whole on every rank anyway.
     """
+    if len(lengths) < world_size:
+        raise ValueError(f"{len(lengths)} prompts are fewer than the {world_size} ranks")
     model = build_skeleton(config)
-    inventory = take_inventory(model, select(model, "all"))
+    inventory = take_inventory(model, select(model, parameters))
     plan = plan_micro_batches(lengths, output_probes, world_size=world_size, limit=micro_batch_tokens)
     items = [sum(len(step) for step in steps) for steps in plan]
     tokens = max(sum(lengths[item // output_probes] for item in step) for steps in plan for step in steps)

@@ -16,11 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
+from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
 from dcr_scale.models import attention
+from dcr_scale.models.checkpoint import resolve
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import depth, read_config
 from dcr_scale.probe import KernelProbe, KernelSimilarity
+from dcr_scale.probe.plan import plan_measurement
 from dcr_scale.runlog import configure_console, duration, finite
 from dcr_scale.similarity import pictures
 from dcr_scale.similarity.averages import Averages, averages, group_masks
@@ -102,6 +105,34 @@ def describe(config: SimilarityConfig) -> str:
     pairs = int(classes.matched.sum()) // 2
     how = "exactly" if config.exact else f"under {config.output_probes} output probes"
     return f"{config.model.path}: {a} and {b} prompts ({pairs} matched pairs), each with each, {how} -> {config.folder}"
+
+
+def plan(config: SimilarityConfig, ranks: int) -> str:
+    """What the measurement would take on ``ranks`` ranks, as text: from the model's configuration and tokenizer alone.
+
+    Raises UserError for a model without them, prompts that cannot be read, and parameters that no rule sketches.
+    """
+    classes = read_classes(config)
+    folder = resolve(config.model, weights=False)
+    encoder = ChatEncoder(read_tokenizer(folder, config.model))
+    lengths = [len(encoder.encode(prompt.text)) for prompt in classes.prompts]
+    try:
+        planned = plan_measurement(
+            read_config(folder, config.model),
+            lengths,
+            world_size=ranks,
+            rank=config.rank,
+            groups=config.groups,
+            output_probes=config.output_probes,
+            parameters=config.parameters,
+            micro_batch_tokens=config.micro_batch_tokens,
+            element_bytes=4 if config.engine.precision == "fp32" else 2,
+            checkpointing=config.model.gradient_checkpointing,
+            persistence_threshold=config.engine.persistence_threshold,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return planned.table()
 
 
 def table(found: Averages, classes: Classes) -> str:

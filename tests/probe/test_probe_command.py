@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,24 @@ def test_a_dry_run_reads_no_model(
     assert "3 harmless and 3 harmful prompts (3 matched pairs)" in said
     assert "output_probes: 4" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_needs_no_weights(
+    tmp_path: Path, model: Path, files: list[str], launched: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    """From config and tokenizer alone; more ranks hold less each, and too many for the prompts are refused."""
+    for weights in shutil.copytree(model, tmp_path / "bare").glob("*.safetensors*"):
+        weights.unlink()
+
+    def held(ranks: int) -> str:
+        assert launched("--model", tmp_path / "bare", *files, *SMALL, "--plan", ranks) == 0
+        return next(line for line in capfd.readouterr().out.splitlines() if line.startswith("held a rank: weights"))
+
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert held(1).split()[-2:] == [f"{2 * parameters / 1000:.3g}", "kB"]
+    assert held(4).split()[-2:] == [f"{2 * parameters / 4000:.3g}", "kB"]
+    assert launched("--model", tmp_path / "bare", *files, *SMALL, "--plan", 11) == 2
+    assert "10 prompts are fewer than the 11 ranks" in capfd.readouterr().err
 
 
 REFUSED = {
