@@ -23,7 +23,7 @@ from dcr_scale.models.trunk import decoder_layers
 _UNEXPLAINED = 0.2
 # What a part adds, as a share of what its layer adds: below, it is noise of the fit.
 _NO_SHARE = 0.02
-_PROBE_TOKENS = 8
+_PROBE_TOKENS = 16
 
 
 def backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -64,7 +64,8 @@ def residuals(model: nn.Module, ids: Tensor, mask: Tensor, columns: Sequence[int
     depths_BPD: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        depths_BPD.append(_input(args, kwargs)[:, at].float())
+        # A steering in force may have run the prompts once before this pass.
+        depths_BPD[:] = [_input(args, kwargs)[:, at].float()]
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         depths_BPD.append(_first(output)[:, at].float())
@@ -108,9 +109,13 @@ def residual_writers(model: nn.Module) -> list[nn.Module]:
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after))
         handles += [child.register_forward_hook(part) for child in layer.children()]
-    ids = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    config = cast(PretrainedConfig, model.config)
+    # The second half of a vocabulary may be other scripts' tokens, or padding.
+    ids = torch.linspace(0, config.get_text_config().vocab_size // 2, _PROBE_TOKENS).long()[None]
+    ids = ids.to(next(model.parameters()).device)
+    mask = torch.ones_like(ids)
     with removed(handles):
-        owner(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
+        owner(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
     shares: dict[str, list[float]] = {}
     for number, (layer, before_TD, after_TD) in enumerate(zip(layers, inputs, outputs, strict=True)):
         parts = {name: seen[child] for name, child in layer.named_children() if child in seen}

@@ -176,7 +176,7 @@ def shared_suffix(encoder: ChatEncoder) -> int:
 def _drawn(encoded: list[list[int]], scores: Sequence[float], *, refused: bool) -> list[list[int]]:
     """The first 128 prompts that are refused (or are not); where they are few, those that come nearest to it."""
     fitting = [i for i, score in enumerate(scores) if (score > _REFUSED) == refused]
-    if len(fitting) < _FEWEST:
+    if len(fitting) < min(_FEWEST, len(encoded)):
         log.info("%d of %d prompts are %s: the nearest are taken", len(fitting), len(scores), _FATE[refused])
         fitting = sorted(range(len(encoded)), key=lambda i: -scores[i] if refused else scores[i])[:_FEWEST]
     return [encoded[i] for i in fitting[:TRAIN]]

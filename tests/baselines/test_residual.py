@@ -84,7 +84,8 @@ def all_hidden_states(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
         handles.append(layer.register_forward_hook(keep, with_kwargs=True))
         for name in ("input_layernorm", "post_attention_layernorm"):
             handles.append(layer.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
-    run()
+    with torch.no_grad():
+        run()
     for handle in handles:
         handle.remove()
     return found
@@ -132,7 +133,7 @@ def test_an_ablated_direction_is_nowhere_in_the_residual_stream(name: str, dtype
 
 
 def test_ablation_within_layers_is_that_of_a_model_whose_weights_cannot_write_the_direction() -> None:
-    """An independent way to the same model: project the direction out of every matrix that writes (arXiv 2406.11717)."""
+    """An independent way to the same model: the direction is projected out of every matrix that writes."""
     model, edited = toy_model(CONFIGS["llama"]), toy_model(CONFIGS["llama"])
     unit = direction() / direction().norm()
     with torch.no_grad():
