@@ -12,6 +12,8 @@ DEV = [
     "ruff>=0.8",
     # Reads the GGUF file of the demo model.
     "gguf>=0.10",
+    # Drives the machine's own Chromium, where there is one, over the report.
+    "playwright>=1.45",
     # Peers that tests and benchmarks compare with.
     "pytorch-metric-learning>=2.6",
     "scikit-learn>=1.4",
@@ -37,6 +39,7 @@ setup(
     package_data={
         "dcr_scale.data": ["builtin/*.jsonl", "builtin/README.md"],
         "dcr_scale.evaluation": ["judge_weights.json"],
+        "dcr_scale.report": ["assets/*"],
         "dcr_kernels": ["**/*.json"],
     },
     install_requires=[
@@ -49,6 +52,9 @@ setup(
         "datasets>=3.0",
         "filelock",
         "huggingface_hub>=1.0",
+        # The report's page and figures.
+        "jinja2>=3.1",
+        "plotly>=6",
         # The probe's pictures.
         "matplotlib>=3.8",
         "peft>=0.17",

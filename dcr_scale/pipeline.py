@@ -33,6 +33,7 @@ from dcr_scale.data.instructions import (
     load_refusals,
 )
 from dcr_scale.diagnosis import measure_layer
+from dcr_scale.evaluation.audit import Audit, audit
 from dcr_scale.evaluation.look import Look, Looker, table
 from dcr_scale.model_card import model_card
 from dcr_scale.models.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_skeleton, read_config
 from dcr_scale.refine import Refiner, check_layer, contrast_sampler
+from dcr_scale.report import write_report
 from dcr_scale.runlog import RunLog, configure_console, duration, finite
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, device_name, seed_everything, versions
@@ -118,6 +120,7 @@ class Run:
         self.looks: dict[str, Look] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
         self._announce()
@@ -143,10 +146,10 @@ class Run:
         self._write_config()
         self.facts["layer_choice"] = choice.as_dict()
         self.runlog.record("layer_choice", 0, {"layer": choice.layer, "reason": choice.reason})
-        self.seconds["layer_choice"] = time.perf_counter() - began
-        _release_memory()
+        self._account("layer_choice", began)
 
     def _refine(self, model: StoredModel, settings: RefineConfig) -> StoredModel:
+        self._audit()
         began = time.perf_counter()
         log.info("stage 1: contrastive refinement of the first %d layers", settings.chosen_layer)
         refiner = Refiner(
@@ -161,9 +164,8 @@ class Run:
         }
         refiner.close()
         folder = self._export("refined", model, refiner.changed())
-        self.seconds["refine"] = time.perf_counter() - began
         del refiner
-        _release_memory()
+        self._account("refine", began)
         return self._open(folder)
 
     def _align(self, model: StoredModel, settings: AlignConfig) -> StoredModel:
@@ -182,9 +184,8 @@ class Run:
         aligner.close()
         deltas = lora_deltas(aligner.model, engines.whole) if settings.method == "lora" else None
         folder = self._export("aligned", model, aligner.changed(), deltas)
-        self.seconds["align"] = time.perf_counter() - began
         del aligner
-        _release_memory()
+        self._account("align", began)
         return self._open(folder)
 
     def _look(self, name: str, model: StoredModel) -> None:
@@ -193,8 +194,22 @@ class Run:
         began = time.perf_counter()
         self.looks[name] = self.looker.take(name, model)
         self.runlog.record("look", len(self.looks) - 1, {"model": name, **self.looks[name].as_dict()})
-        self.seconds[f"look_{name}"] = time.perf_counter() - began
+        self._account(f"look_{name}", began)
+
+    def _account(self, part: str, began: float) -> None:
+        """A part of the run is over: what it took, and its memory returned."""
+        self.memory[part] = self.runlog.memory()
+        self.seconds[part] = time.perf_counter() - began
         _release_memory()
+
+    def _audit(self) -> None:
+        """Whether the contrast set can be told apart without understanding it, said before stage 1 learns to."""
+        found: Audit | None = None
+        with self.world.agreed():
+            if self.world.first:
+                found = audit(self.contrast.train.prompts)
+                log.info("%s", found.verdict())
+        self.facts["audit"] = self.world.gather(found.as_dict() if found is not None else None)[0]
 
     # --- in and out --------------------------------------------------------------------------------------------
 
@@ -293,12 +308,17 @@ class Run:
             **({"probe": self.probe.as_dict()} if self.probe is not None else {}),
             "look": {name: look.as_dict() for name, look in self.looks.items()},
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+            "memory_gib": {name: round(memory, 2) for name, memory in self.memory.items()},
             "peak_memory_gib": round(memory, 2),
         }
         with self.world.agreed(self.folder / "summary.json"):
             if self.world.first:
                 text = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
                 (self.folder / "summary.json").write_text(text, encoding="utf-8")
+                if self.probe is not None:
+                    text = json.dumps(finite(self.probe.matrices()), allow_nan=False) + "\n"
+                    (self.folder / "kernel_similarity.json").write_text(text, encoding="utf-8")
+                self._report()
         if self.looks:
             log.info("\n%s", table(self.looks))
         log.info(
@@ -306,6 +326,16 @@ class Run:
             self.config.run.name, duration(sum(self.seconds.values())), memory, self.folder,
         )  # fmt: skip
         return summary
+
+    def _report(self) -> None:
+        """``report.html``. What cannot be drawn must not cost a run its end: the checkpoints are there."""
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            log.warning(
+                "report.html is missing (%s: %s); `python -m dcr_scale.report %s` makes it again",
+                type(error).__name__, error, self.folder,
+            )  # fmt: skip
 
 
 def describe(config: Config) -> str:

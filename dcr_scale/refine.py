@@ -171,7 +171,8 @@ class Refiner:
             last = step + 1 == self.settings.steps
             reason = None
             if last or (step + 1) % self.settings.stop.every == 0:
-                after = self.look(step + 1)
+                with self.runlog.paused():
+                    after = self.look(step + 1)
                 reason = stop.reason(after.cross)
             self.measure(step + 1, ended=reason is not None)
             if reason is not None:

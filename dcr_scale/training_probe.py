@@ -53,6 +53,7 @@ class TrainingProbe:
         general: token ids of held-out general prompts.
 
     Attributes:
+        sequences: the prompts of all pairs in token ids, class after class.
         pairs: the pairs (x', x) of each kind, in token ids.
         asked: the prompts of each class whose refusal probability is measured.
         curves: by stage, the first and the last measurement.
@@ -76,6 +77,8 @@ class TrainingProbe:
             self.asked[label] = [ids for prompt, ids in sides if prompt.label == label][: settings.prompts]
         self.asked["general"] = list(general[: settings.prompts])
         self.sequences = list(dict.fromkeys(ids for pairs in self.pairs.values() for pair in pairs for ids in pair))
+        self.described = describe_prompts(self.sequences, contrast)
+        self.similarities: dict[str, dict[str, Tensor]] = {}
         self.tree = OpeningTree.of_refusals(encoder)
         self.curves: dict[str, dict[str, dict[str, Any]]] = {}
         fewest = min(len(self.sequences), sum(len(prompts) for prompts in self.asked.values()))
@@ -95,6 +98,20 @@ class TrainingProbe:
             "pairs": {kind: len(pairs) for kind, pairs in self.pairs.items()},
             "prompts": {label: len(prompts) for label, prompts in self.asked.items()},
             **self.curves,
+        }
+
+    def matrices(self) -> dict[str, Any]:
+        """For ``kernel_similarity.json``: every pair's normalised similarity, x' down and x across, at the first and
+        the last measurement of each stage, and whose the rows are."""
+        return {
+            "prompts": self.described,
+            **{
+                stage: {
+                    end: [[float(f"{value:.4g}") for value in row] for row in found.tolist()]
+                    for end, found in ends.items()
+                }
+                for stage, ends in self.similarities.items()
+            },
         }
 
 
@@ -158,6 +175,7 @@ class StageProbe:
     def _kernel_similarities(self) -> dict[str, float]:
         with _told_to_the_user():
             found = self.kernel.measure(self.run.sequences)
+        self.run.similarities.setdefault(self.name, {"first": found.normalized})["last"] = found.normalized
         number = {ids: i for i, ids in enumerate(self.run.sequences)}
         values: dict[str, float] = {}
         for kind, pairs in self.run.pairs.items():
@@ -193,6 +211,13 @@ def choose_pairs(contrast: EncodedPrompts, general: Sequence[Sequence[int]], cou
         "general": [(tuple(left), right) for left, right in zip(general[:count], cycle(trained), strict=False)],
     }
     return {kind: pairs for kind, pairs in kinds.items() if pairs}
+
+
+def describe_prompts(sequences: Sequence[Ids], contrast: EncodedPrompts) -> list[dict[str, str]]:
+    """Class and text of each sequence; those that are no contrast prompt are general ones, whose text is not known."""
+    known = {tuple(ids): prompt for prompt, ids in zip(contrast.prompts, contrast.ids, strict=True)}
+    found = [known.get(ids) for ids in sequences]
+    return [{"class": p.label, "prompt": p.text} if p is not None else {"class": "general"} for p in found]
 
 
 def _neighbours(ring: list[Ids]) -> list[Pair]:

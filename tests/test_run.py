@@ -142,7 +142,7 @@ def test_two_ranks_take_a_tied_bf16_llama_in_shards_through_both_stages(tmp_path
 
     run, config = tmp_path / "run", tmp_path / "run" / "config.yaml"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "look", "refined", "aligned",
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "look", "refined", "aligned",
     }  # fmt: skip
     check_refined(source, run / "refined", layer=2)
     check_complete(source, run / "aligned")
@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_run_wherever_retained_activations_lie(
         run = tmp_path / f"run_{number}"
         run_here(config, "align=null", "look.prompts=2", f"run.dir={run}", override)
         names = {path.name for path in run.iterdir()}
-        assert names == {"config.yaml", "metrics.jsonl", "summary.json", "look", "refined"}
+        assert names == {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "look", "refined"}
         metrics.append([{k: v for k, v in row.items() if k not in CLOCKS} for row in read_metrics(run)])
         weights.append(bytes_of(run / "refined"))
     assert metrics[0] == metrics[1]

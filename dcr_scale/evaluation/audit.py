@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -144,6 +145,16 @@ class Audit:
         how = "hardly tell" if area.low < HARDLY else "in part tell" if area.low <= TELLING else "tell"
         but = "; punctuation, length and mood do not" if how == "tell" else ""
         return f"shortcut audit: surface features {how} the sides apart (AUC {area}){but}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the verdict, what is behind it, and the areas."""
+        return {
+            "verdict": self.verdict(),
+            "warnings": self.warnings(),
+            "within": {name: area.as_dict() for name, area in self.within.items()},
+            "across": {name: area.as_dict() for name, area in self.across.items()},
+            "facts": list(self.facts),
+        }
 
     def table(self) -> str:
         """Everything, for a terminal."""

@@ -47,6 +47,31 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Inter
     return Interval(rate, low, high)
 
 
+def paired_rate_difference(ours: Sequence[bool], theirs: Sequence[bool], confidence: float = CONFIDENCE) -> Interval:
+    """Rate of ``ours`` minus rate of ``theirs``, outcomes of the same prompts in order, with Newcombe's interval.
+
+    The square-and-add interval from Wilson's of the two rates, less what their correlation φ takes off: unlike a
+    bootstrap it is of use where few prompts, or none, came out differently. Source: R. G. Newcombe, Statistics in
+    Medicine 17 (1998), p. 2635, method 8. Raises ValueError for outcomes of no, or not the same, prompts.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} and {len(theirs)} outcomes are not of the same prompts")
+    both = sum(a and b for a, b in zip(ours, theirs, strict=True))
+    first, second = wilson(sum(ours), len(ours), confidence), wilson(sum(theirs), len(theirs), confidence)
+    neither = len(ours) - sum(ours) - sum(theirs) + both
+    margins = sum(ours) * sum(theirs) * (len(ours) - sum(ours)) * (len(theirs) - sum(theirs))
+    determinant = both * neither - (sum(ours) - both) * (sum(theirs) - both)
+    phi = determinant / math.sqrt(margins) if margins else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    difference = first.estimate - second.estimate
+    below = reach(first.estimate - first.low, second.high - second.estimate)
+    above = reach(first.high - first.estimate, second.estimate - second.low)
+    return Interval(difference, difference - below, difference + above)
+
+
 def bootstrap(
     statistic: Callable[[Mapping[str, np.ndarray]], float],
     sizes: Mapping[str, int],

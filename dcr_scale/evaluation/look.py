@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dcr_scale import engine as engines
@@ -21,8 +21,10 @@ from dcr_scale.data.contrast import EncodedPrompts
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.data.packing import micro_batches, pack
 from dcr_scale.errors import UserError
+from dcr_scale.evaluation.activation_map import ActivationMap, MappedPrompt
+from dcr_scale.evaluation.answers import CLASSES, Rates, judged, rates
 from dcr_scale.evaluation.generation import generate
-from dcr_scale.evaluation.openings import refuses
+from dcr_scale.evaluation.intervals import Interval
 from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
 from dcr_scale.models.stored import StoredModel
@@ -33,26 +35,29 @@ from dcr_scale.world import World
 
 log = logging.getLogger(__name__)
 
-CLASSES = ("seemingly_toxic", "toxic", "general")
 _TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a model did. Rates are shares of the prompts of a class whose greedy answer opens like a refusal."""
+    """What a model did: cosines at ``layer``, what became of the prompts of each class, and held-out perplexity."""
 
     separation: Separation
     layer: int
-    refusal_rate: Mapping[str, float]
-    prompts: Mapping[str, int]
+    rates: Mapping[str, Rates]
     perplexity: float
 
     def as_dict(self) -> dict:
         return {
             "layer": self.layer,
             "cosine": self.separation.as_dict(),
-            "refusal_rate": {name: round(rate, 4) for name, rate in self.refusal_rate.items()},
-            "prompts": dict(self.prompts),
+            "refusal_rate": {name: round(found.refused.estimate, 4) for name, found in self.rates.items()},
+            "refusal_interval": {
+                name: [round(found.refused.low, 4), round(found.refused.high, 4)] for name, found in self.rates.items()
+            },
+            "refusal_rate_by_opening": {name: round(found.by_opening, 4) for name, found in self.rates.items()},
+            "degenerate_rate": {name: round(found.degenerate, 4) for name, found in self.rates.items()},
+            "prompts": {name: found.prompts for name, found in self.rates.items()},
             "perplexity": round(self.perplexity, 4),
         }
 
@@ -64,6 +69,8 @@ class Question:
     label: str
     text: str
     ids: list[int]
+    source: str
+    family: str
 
 
 class Looker:
@@ -94,9 +101,13 @@ class Looker:
         self.dtype = engines.compute_dtype(config.engine, world.device)
         self.attention = attention.choose(config.model.attention, world.device, self.dtype)
         self.layers = depth(model_config)
+        self.pooling = config.refine.pooling if config.refine is not None else "last"
+        self.general = [question for question in self.asked if question.label == "general"]
+        self.map: ActivationMap | None = None
 
     def take(self, name: str, stored: StoredModel) -> Look:
-        """Look at a checkpoint on disk; its answers go to ``look/<name>.jsonl`` in the run's folder."""
+        """Look at a checkpoint on disk; its answers go to ``look/<name>.jsonl`` in the run's folder, and where its
+        prompts lie to ``look/activations.json``."""
         log.info("looking at the model %s", name)
         placement = Placement.choose(
             self.config.look.partitioned,
@@ -106,16 +117,20 @@ class Looker:
             settings=self.config.engine,
             world=self.world,
         )
-        found = self._separation(stored, placement)
+        rows_ND = self._activations(stored, placement)
+        found = separation(rows_ND[: len(self.contrast.ids)], self.contrast.prompts)
+        self._draw_map(name, rows_ND)
         model, run = self._load(stored, placement)
         perplexity = self._perplexity(run)
         model.set_attn_implementation("sdpa")
-        rates, counts = self._refusals(name, model, placement.partitioned)
-        return Look(found, self.layer, rates, counts, perplexity)
+        rows = self._answers(name, model, placement.partitioned)
+        return Look(found, self.layer, rates(rows), perplexity)
 
     # --- what is measured --------------------------------------------------------------------------------------
 
-    def _separation(self, stored: StoredModel, placement: Placement) -> Separation:
+    def _activations(self, stored: StoredModel, placement: Placement) -> Tensor:
+        """Pooled unit rows [N, D] of the held-out contrast prompts, then of the general ones that are asked."""
+
         def build() -> Trunk:
             return Trunk(
                 stored.config,
@@ -129,16 +144,24 @@ class Looker:
         prefix = trunk.name_prefix(stored.tensor_map)
         load_weights(trunk.decoder, stored.checkpoint, stored.tensor_map, prefix=prefix)
         run = placement.runnable(trunk)
-        pooling = self.config.refine.pooling if self.config.refine is not None else "last"
-        rows_ND = pooled_activations(
+        return pooled_activations(
             run,
-            self.contrast.ids,
+            [*self.contrast.ids, *(question.ids for question in self.general)],
             prefix=self.prefix,
-            pooling=pooling,
+            pooling=self.pooling,
             token_limit=_TOKENS_AT_ONCE,
             world=self.world,
         )
-        return separation(rows_ND, self.contrast.prompts)
+
+    def _draw_map(self, name: str, rows_ND: Tensor) -> None:
+        path = self.config.run.folder / "look" / "activations.json"
+        with self.world.agreed(path):
+            if self.world.first:
+                if self.map is None:
+                    prompts = [MappedPrompt(p.label, p.source, p.family, p.text) for p in self.contrast.prompts]
+                    prompts += [MappedPrompt(q.label, q.source, q.family, q.text) for q in self.general]
+                    self.map = ActivationMap(path, prompts, self.layer, self.pooling)
+                self.map.add(name, rows_ND)
 
     @torch.no_grad()
     def _perplexity(self, run: nn.Module) -> float:
@@ -162,9 +185,8 @@ class Looker:
         total, count = self.world.sum(summed, tokens)
         return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
-    def _refusals(
-        self, name: str, model: PreTrainedModel, partitioned: bool
-    ) -> tuple[dict[str, float], dict[str, int]]:
+    def _answers(self, name: str, model: PreTrainedModel, partitioned: bool) -> list[dict[str, Any]]:
+        """The model's answers with the judge's verdicts."""
         look = self.config.look
         completions = generate(
             model,
@@ -175,19 +197,19 @@ class Looker:
             partitioned=partitioned,
             world=self.world,
         )
-        rows: list[dict[str, Any]] = [
-            {"class": asked.label, "prompt": asked.text, "completion": text, "refusal": refuses(text)}
-            for asked, text in zip(self.asked, completions, strict=True)
-        ]
+        rows = judged(
+            [
+                {"class": asked.label, "prompt": asked.text, "completion": text}
+                for asked, text in zip(self.asked, completions, strict=True)
+            ]
+        )
         path = self.config.run.folder / "look" / f"{name}.jsonl"
         with self.world.agreed(path):
             if self.world.first:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 path.write_text(lines, encoding="utf-8")
-        counts = {label: sum(row["class"] == label for row in rows) for label in CLASSES}
-        refused = {label: sum(row["class"] == label and row["refusal"] for row in rows) for label in CLASSES}
-        return {label: refused[label] / counts[label] for label in CLASSES if counts[label]}, counts
+        return rows
 
     # --- its questions -----------------------------------------------------------------------------------------
 
@@ -196,11 +218,12 @@ class Looker:
         questions: list[Question] = []
         for label in CLASSES[:2]:
             sides = zip(self.contrast.prompts, self.contrast.ids, strict=True)
-            own = [Question(label, prompt.text, ids) for prompt, ids in sides if prompt.label == label]
+            own = [Question(label, p.text, ids, p.source, p.family) for p, ids in sides if p.label == label]
             questions += own[: self.config.look.prompts]
         encoded = encoder.encode_prompts([example.prompt for example in general], "held-out general prompts")
         rows = zip(general, encoded, strict=True)
-        return questions + [Question("general", example.prompt, ids) for example, ids in rows if ids is not None]
+        kept = [(example, ids) for example, ids in rows if ids is not None]
+        return questions + [Question("general", e.prompt, ids, e.source, e.family) for e, ids in kept]
 
     def _examples(self, encoder: ChatEncoder, general: Sequence[Instruction]) -> list[EncodedExample]:
         limit = self.config.align.max_tokens if self.config.align is not None else encoder.max_prompt_tokens
@@ -243,11 +266,17 @@ def table(looks: Mapping[str, Look]) -> str:
     row("  within seemingly toxic", [look.separation.within_seemingly for look in found], ".3f")
     row("  within toxic", [look.separation.within_toxic for look in found], ".3f")
     for label in CLASSES:
-        count = found[0].prompts.get(label, 0)
-        title = f"refused, {label.replace('_', ' ')} ({count} prompts)"
-        row(title, [look.refusal_rate.get(label, math.nan) for look in found], ".0%")
+        own = [look.rates.get(label) for look in found]
+        if own[0] is not None:
+            title = f"refused, {label.replace('_', ' ')} ({own[0].prompts} prompts)"
+            rows.append((title, ["–" if rate is None else _percentages(rate.refused) for rate in own]))
+            row("  by how the answer opens", [math.nan if rate is None else rate.by_opening for rate in own], ".0%")
     row("perplexity, general answers", [look.perplexity for look in found], ".2f")
     width = max(len(title) for title, _ in rows)
-    lines = [f"{'held out':<{width}}" + "".join(f"{name:>12}" for name in looks)]
-    lines += [f"{title:<{width}}" + "".join(f"{value:>12}" for value in values) for title, values in rows]
+    lines = [f"{'held out, rates with 95 % intervals':<{width}}" + "".join(f"{name:>15}" for name in looks)]
+    lines += [f"{title:<{width}}" + "".join(f"{value:>15}" for value in values) for title, values in rows]
     return "\n".join(lines)
+
+
+def _percentages(rate: Interval) -> str:
+    return f"{rate.estimate:.0%} [{100 * rate.low:.0f}–{100 * rate.high:.0f}]"
