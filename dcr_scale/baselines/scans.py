@@ -222,11 +222,14 @@ def fit(
         with one.applied(model, encoder.tokenizer) as applied:
             assert isinstance(applied, ScansApplied)
             moved = kl(unsteered, next_token_logits(model, validation["harmless"]))
-            after = {
+            tried.append({"alpha": candidate, "kl": moved})
+            # A stronger one moves them further.
+            if alpha is None and moved > kl_limit:
+                break
+            tried[-1]["refusal"] = {
                 name: mean(_steered_refusals(applied, kept, sigma[name], tree)) for name, kept in validation.items()
             }
-        tried.append({"alpha": candidate, "kl": moved, "refusal": after})
-        log.info("α = %.3g: KL %.3f, refused %s", candidate, moved, after)
+        log.info("%s", tried[-1])
     best = choose(tried, kl_limit) if alpha is None else 0
     steering = replace(steering, alpha=tried[best]["alpha"])
     facts = {

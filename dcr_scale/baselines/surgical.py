@@ -8,7 +8,8 @@ With μ the mean residual stream at one depth and one token after the user's wor
 
 Each depth under the last fifth of the layers and each token of the template behind the user's words is a candidate.
 Chosen is the one under which seemingly toxic validation prompts are refused least, among those that change the next
-token of harmless validation prompts by a KL under a limit. With λ = 1 refusals of toxic prompts keep what they share
+token of harmless validation prompts by a KL under a limit. Candidates are ranked on a few of the prompts first; the
+best eight within the limit are judged on all. With λ = 1 refusals of toxic prompts keep what they share
 with false ones; a smaller λ gives up some of it.
 """
 
@@ -40,8 +41,8 @@ _REFUSED = 0.5
 _FATE = {True: "refused", False: "answered"}
 # A mean over fewer would be noise.
 _FEWEST = 32
-# So many are looked at for them.
-_POOL = 2 * TRAIN
+# Refusals are most of the work: all candidates are judged on few prompts first, and the best on all of them.
+_SCREENING, _FINALISTS = 8, 8
 # Of the smaller of the two vectors that made it: what is left of a vector parallel to r, or of prompts that are
 # the same up to there, is rounding.
 _VANISHED = 1e-4
@@ -99,7 +100,7 @@ def fit(
     """
     encoded = encode(prompts, encoder)
     tree = OpeningTree.of_refusals(encoder)
-    pools = {name: side.train[:_POOL] for name, side in encoded.items()}
+    pools = {name: side.train[:TRAIN] for name, side in encoded.items()}
     chosen = {
         name: _drawn(pool, refusals(model, pool, tree), refused=name != "harmless") for name, pool in pools.items()
     }
@@ -110,24 +111,31 @@ def fit(
     false_PLD, true_PLD = (means[name] - means["harmless"] for name in ("seemingly_toxic", "toxic"))
     layers = len(backbone(model)[1])
     writers = residual_writers(model)
-    unsteered = next_token_logits(model, validation["harmless"])
-    tried: list[dict[str, Any]] = []
-    vectors: list[Tensor] = []
+    candidates: list[tuple[dict[str, Any], Tensor]] = []
     for depth in range(math.ceil(deepest * layers)):
         for row, position in enumerate(columns):
             vector = orthogonalised(false_PLD[row, depth], true_PLD[row, depth], orthogonal)
-            if vector is None:
-                continue
-            with ablated(model, vector, writers):
-                moved = kl(unsteered, next_token_logits(model, validation["harmless"]))
-                # Most candidates fail here, and refusals are the larger part of the work.
-                score = mean(refusals(model, validation["seemingly_toxic"], tree)) if moved <= kl_limit else None
-            tried.append({"depth": depth, "position": position, "kl": moved, "refusal": score})
-            vectors.append(vector)
-        log.info("depth %d of %d: %d candidates so far", depth, layers, len(tried))
+            if vector is not None:
+                with ablated(model, vector, writers):
+                    score = mean(refusals(model, validation["seemingly_toxic"][:_SCREENING], tree))
+                candidates.append(({"depth": depth, "position": position, "screening": score}, vector))
+        log.info("depth %d of %d: %d candidates so far", depth, layers, len(candidates))
+    candidates.sort(key=lambda candidate: candidate[0]["screening"])
+    unsteered = next_token_logits(model, validation["harmless"])
+    finalists = 0
+    for candidate, vector in candidates:
+        with ablated(model, vector, writers):
+            candidate["kl"] = kl(unsteered, next_token_logits(model, validation["harmless"]))
+            if candidate["kl"] <= kl_limit:
+                candidate["refusal"] = mean(refusals(model, validation["seemingly_toxic"], tree))
+                finalists += 1
+        log.info("%s", candidate)
+        if finalists == _FINALISTS:
+            break
+    tried = [candidate for candidate, _ in candidates]
     best = choose(tried, kl_limit)
     winner = tried[best]
-    steering = Surgical(layers, vectors[best].float().cpu(), winner["depth"], winner["position"], orthogonal)
+    steering = Surgical(layers, candidates[best][1].float().cpu(), winner["depth"], winner["position"], orthogonal)
     with ablated(model, steering.vector, writers):
         toxic_after = mean(refusals(model, validation["toxic"], tree))
     facts = {
@@ -153,9 +161,9 @@ def orthogonalised(false_D: Tensor, true_D: Tensor, share: float) -> Tensor | No
 
 def choose(tried: Sequence[Mapping[str, Any]], kl_limit: float) -> int:
     """Index of the least refusing candidate within the limit. Raises UserError where there is none."""
-    within = [i for i, candidate in enumerate(tried) if candidate["kl"] <= kl_limit]
+    within = [i for i, candidate in enumerate(tried) if candidate.get("kl", math.inf) <= kl_limit]
     if not within:
-        nearest = min((candidate["kl"] for candidate in tried), default=math.nan)
+        nearest = min((candidate["kl"] for candidate in tried if "kl" in candidate), default=math.nan)
         raise UserError(
             f"none of {len(tried)} candidates keeps within a KL of {kl_limit:g} on harmless prompts (the nearest: "
             f"{nearest:.3g}); raise --kl-limit, or give more prompts"

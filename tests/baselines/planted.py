@@ -54,7 +54,7 @@ def planted_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def planted_prompts(size: int = 40, *, alarms_in_harmless: int = 0) -> Prompts:
+def planted_prompts(size: int = 24, *, alarms_in_harmless: int = 0) -> Prompts:
     """The three sets, three quarters of each to train on."""
     draw = random.Random(0)
 

@@ -205,7 +205,7 @@ class TestFit:
         tried = [
             {"alpha": 1.0, "kl": 0.01, "refusal": {"toxic": 0.9, "seemingly_toxic": 0.8}},
             {"alpha": 2.0, "kl": 0.15, "refusal": {"toxic": 0.9, "seemingly_toxic": 0.5}},
-            {"alpha": 4.0, "kl": 0.90, "refusal": {"toxic": 0.9, "seemingly_toxic": 0.0}},
+            {"alpha": 4.0, "kl": 0.90},
         ]
         assert scans.choose(tried, 0.2) == 1
         assert scans.choose(tried, 0.1) == 0

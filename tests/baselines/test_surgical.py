@@ -50,13 +50,14 @@ def test_the_layers_at_the_top_give_no_candidates() -> None:
 
 def test_the_least_refusing_candidate_over_the_limit_is_passed_over() -> None:
     tried = [
-        {"kl": 0.5, "refusal": None},
+        {"kl": 0.5},
         {"kl": 0.19, "refusal": 0.3},
         {"kl": 0.05, "refusal": 0.4},
+        {"screening": 0.9},
     ]
     assert surgical.choose(tried, 0.2) == 1
     assert surgical.choose(tried, 0.1) == 2
-    with pytest.raises(UserError, match=r"none of 3 candidates .* \(the nearest: 0\.05\)"):
+    with pytest.raises(UserError, match=r"none of 4 candidates .* \(the nearest: 0\.05\)"):
         surgical.choose(tried, 0.01)
 
 
