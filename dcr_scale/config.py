@@ -77,6 +77,7 @@ class DataConfig:
     contrast: list[ContrastSource] = setting(lambda: [ContrastSource()], "stage 1's prompts, both classes")
     general: list[Source] = setting(lambda: [Source()], "general instructions with answers")
     refusals: list[Source] = setting(lambda: [Source()], "toxic prompts with refusals, for stage 2")
+    answered: list[Source] = setting(list, "seemingly toxic prompts with answers, for stage 2 (STL-aug); [] is none")
     heldout: float = setting(0.2, "share of each class kept out of training, by whole families", above=0, at_most=0.5)
     heldout_limit: int = setting(400, "at most so many held-out prompts a class", at_least=1)
     max_prompt_tokens: int = setting(256, "longest prompt, chat template included", at_least=8)
@@ -173,6 +174,7 @@ class AlignConfig:
     lora: LoraConfig = setting(LoraConfig, "the adapters")
     examples: int | None = setting(None, "size of the mixture; null: as many as the sources give", at_least=1)
     refusal_share: float = setting(0.05, "share of (toxic prompt, refusal) examples", at_least=0, at_most=1)
+    answered_share: float = setting(0.0, "share of examples out of data.answered", at_least=0, at_most=1)
     epochs: float = setting(3.0, "passes over the mixture", above=0)
     batch_size: int = setting(128, "examples a step, over all ranks", at_least=1)
     max_tokens: int = setting(256, "longest example; a longer response is cut there", at_least=16)
@@ -252,6 +254,22 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     config = typed_yaml.load(Config, path, overrides)
     if config.refine is None and config.align is None:
         raise UserError(f"{path}: refine and align are both null: there is nothing to do")
+    if config.align is not None:
+        _check_shares(config.data, config.align)
     if config.probe.groups == 1 and config.probe.rank % 2:
         raise UserError(f"{path}: probe.rank={config.probe.rank} must be even where probe.groups is 1")
     return config
+
+
+def _check_shares(data: DataConfig, align: AlignConfig) -> None:
+    """Raise UserError where stage 2's mixture cannot be made, whatever its sources hold."""
+    if bool(data.answered) != (align.answered_share > 0):
+        raise UserError(
+            f"data.answered has {len(data.answered)} sources and align.answered_share={align.answered_share:g}: give "
+            "both or neither"
+        )
+    if align.refusal_share + align.answered_share > 1:
+        raise UserError(
+            f"align.refusal_share={align.refusal_share:g} and align.answered_share={align.answered_share:g} are more "
+            "than the whole mixture; lower one"
+        )

@@ -29,6 +29,7 @@ from dcr_scale.data.instructions import (
     InstructionSet,
     build_mixture,
     check_leakage,
+    load_answered,
     load_general,
     load_refusals,
 )
@@ -82,12 +83,15 @@ def load_data(config: Config) -> RunData:
     if config.align is None:
         return RunData(contrast, general, [])
     refusals = load_refusals(config.data, seed)
-    check_leakage(contrast, refusals)
+    answered = load_answered(config.data, seed)
+    check_leakage(contrast, refusals, answered)
     mixture = build_mixture(
         general.train,
         refusals.train,
+        answered,
         examples=config.align.examples,
         refusal_share=config.align.refusal_share,
+        answered_share=config.align.answered_share,
         seed=seed,
     )
     return RunData(contrast, general, mixture)

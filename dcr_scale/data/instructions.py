@@ -1,11 +1,11 @@
-"""Stage 2's examples: general instructions, refusals of toxic prompts, and the mixture of the two."""
+"""Stage 2's examples: general instructions, refusals of toxic prompts, answered seemingly toxic ones; the mixture."""
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from dcr_scale.config import DataConfig, Source
@@ -45,9 +45,39 @@ def load_refusals(data: DataConfig, seed: int) -> InstructionSet:
     return _load(data.refusals, "refusals", data, seed)
 
 
+def load_answered(data: DataConfig, seed: int) -> tuple[Instruction, ...]:
+    """Read ``data.answered``, all to train on: held-out contrast prompts show their effect. Raises UserError."""
+    return tuple(_read(data.answered, "general", seed))
+
+
 def _load(
     sources: Sequence[Source], kind: Literal["general", "refusals"], data: DataConfig, seed: int
 ) -> InstructionSet:
+    examples = _read(sources, kind, seed)
+    train, heldout = split_by_family(
+        examples,
+        of_class=lambda instruction: kind,
+        unit=_key,
+        share=data.heldout,
+        limit=data.heldout_limit,
+        seed=seed,
+        purpose=kind,
+    )
+    if not train or not heldout:
+        raise UserError(
+            f"data.{kind}: found {len(examples)} examples, all of one family; at least two families are needed, "
+            f"one to train on and one to hold out"
+        )
+    if shared := _shared(train, heldout):
+        raise UserError(
+            f"data.{kind}: prompts in families on both sides of the held-out split: {listed(shared)}; give "
+            f"both rows one family"
+        )
+    return InstructionSet(train, heldout)
+
+
+def _read(sources: Sequence[Source], kind: Literal["general", "refusals"], seed: int) -> list[Instruction]:
+    """All sources' rows, each prompt with each of its answers once."""
     instructions: list[Instruction] = []
     for source in sources:
         rows = [
@@ -67,38 +97,25 @@ def _load(
     first: dict[tuple[str, str], Instruction] = {}
     for instruction in instructions:
         first.setdefault((normalised(instruction.prompt), instruction.response), instruction)
-    train, heldout = split_by_family(
-        list(first.values()),
-        of_class=lambda instruction: kind,
-        unit=_key,
-        share=data.heldout,
-        limit=data.heldout_limit,
-        seed=seed,
-        purpose=kind,
-    )
-    if not train or not heldout:
-        raise UserError(
-            f"data.{kind}: found {len(first)} examples, all of one family; at least two families are needed, "
-            f"one to train on and one to hold out"
-        )
-    if shared := _shared(train, heldout):
-        raise UserError(
-            f"data.{kind}: prompts in families on both sides of the held-out split: {listed(shared)}; give "
-            f"both rows one family"
-        )
-    return InstructionSet(train, heldout)
+    return list(first.values())
 
 
 def _key(instruction: Instruction) -> str:
     return f"{instruction.prompt}\x1f{instruction.response}"
 
 
-def check_leakage(contrast: ContrastSet, refusals: InstructionSet) -> None:
-    """Raise UserError where a prompt, in normal form, is in both stages.
+def check_leakage(contrast: ContrastSet, refusals: InstructionSet, answered: Sequence[Instruction] = ()) -> None:
+    """Raise UserError where a prompt, in normal form, is where it must not be.
 
-    They must not share toxic prompts, neither training nor held-out ones, and what stage 1 calls seemingly
-    toxic must not be refused in stage 2. Within a stage the split by family keeps the two sides apart.
+    The stages must not share toxic prompts, neither training nor held-out ones, and what stage 1 calls seemingly
+    toxic must not be refused in stage 2. What STL-aug answers must not be refused, toxic or held out; stage 1 may train
+    on it too. Within a stage the split by family keeps the two sides apart.
     """
+    toxic = [prompt for prompt in contrast.train if prompt.label == "toxic"]
+    if shared := _shared([*toxic, *contrast.heldout, *refusals.train, *refusals.heldout], answered):
+        raise UserError(
+            f"data.answered: prompts that are held out, toxic or refused elsewhere: {listed(shared)}; remove them there"
+        )
     stage_2 = [*refusals.train, *refusals.heldout]
     for label in ("toxic", "seemingly_toxic"):
         stage_1 = [prompt for prompt in (*contrast.train, *contrast.heldout) if prompt.label == label]
@@ -128,40 +145,50 @@ def _text(item: ContrastPrompt | Instruction) -> str:
 def build_mixture(
     general: Sequence[Instruction],
     refusals: Sequence[Instruction],
+    answered: Sequence[Instruction] = (),
     *,
     examples: int | None,
     refusal_share: float,
+    answered_share: float = 0.0,
     seed: int,
 ) -> list[Instruction]:
-    """Stage 2's training examples, shuffled: ``examples`` of them, a share of those refusals (rounded).
+    """Stage 2's training examples, shuffled: ``examples`` of them, by rounded shares refusals and answered ones.
 
-    Without ``examples`` as many as the two sequences give at that share, no example twice. A larger mixture
-    of one seed contains the smaller. Raises UserError with the numbers where the sequences have too few.
+    Without ``examples`` as many as the sequences give at those shares, no example twice. A larger mixture of one seed
+    contains the smaller, but for at most one answered example. Raises UserError with the numbers where the sequences
+    have too few.
     """
+    pools = {"general instructions": general, "refusals": refusals, "answered seemingly toxic prompts": answered}
+
+    def counts(size: int) -> tuple[int, int, int]:
+        refused = math.floor(size * refusal_share + 0.5)
+        # the sum is rounded, so that the rest is never negative
+        both = max(refused, math.floor(size * (refusal_share + answered_share) + 0.5))
+        return size - both, refused, both - refused
 
     def fits(size: int) -> bool:
-        wanted = _refusals_of(size, refusal_share)
-        return wanted <= len(refusals) and size - wanted <= len(general)
+        return all(count <= len(pool) for count, pool in zip(counts(size), pools.values(), strict=True))
 
-    # both counts grow with the size, so the sizes that fit come first
-    largest = bisect.bisect_left(range(1, len(general) + len(refusals) + 1), True, key=lambda size: not fits(size))
+    largest = sum(1 for _ in takewhile(fits, range(1, sum(map(len, pools.values())) + 1)))
     size = largest if examples is None else examples
-    wanted = _refusals_of(size, refusal_share)
     if size == 0 or not fits(size):
         asked = "null" if examples is None else examples
-        needs = f"{size - wanted} general instructions and {wanted} refusals" if size else "at least one example"
+        named = list(pools.items()) if answered_share else list(pools.items())[:2]
+        wanted = _and([f"{count} {name}" for count, (name, _) in zip(counts(size), named, strict=False)])
+        found = _and([f"{len(pool)} {name}" for name, pool in named])
+        shares = f"align.refusal_share={refusal_share}"
+        if answered_share:
+            shares += f" and align.answered_share={answered_share}"
         advice = f"set align.examples to {largest} or less, or " if largest else ""
         raise UserError(
-            f"align.examples={asked} at align.refusal_share={refusal_share} needs {needs}; found "
-            f"{len(general)} general instructions and {len(refusals)} refusals to train on; {advice}add "
-            f"sources or change the share"
+            f"align.examples={asked} at {shares} needs {wanted if size else 'at least one example'}; found {found} to "
+            f"train on; {advice}add sources or change the share"
         )
-    chosen = [
-        *seeded_order(general, _key, seed=seed, purpose="mixture, general")[: size - wanted],
-        *seeded_order(refusals, _key, seed=seed, purpose="mixture, refusals")[:wanted],
-    ]
+    chosen: list[Instruction] = []
+    for purpose, pool, count in zip(("general", "refusals", "answered"), pools.values(), counts(size), strict=True):
+        chosen += seeded_order(pool, _key, seed=seed, purpose=f"mixture, {purpose}")[:count]
     return seeded_order(chosen, _key, seed=seed, purpose="mixture")
 
 
-def _refusals_of(size: int, share: float) -> int:
-    return math.floor(size * share + 0.5)
+def _and(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr_scale.config import DataConfig, Source
+from dcr_scale.config import DataConfig, Source, load_config
 from dcr_scale.data.contrast import ContrastPrompt, ContrastSet
 from dcr_scale.data.instructions import (
     Instruction,
     InstructionSet,
     build_mixture,
     check_leakage,
+    load_answered,
     load_general,
     load_refusals,
 )
@@ -47,6 +48,12 @@ def test_general_and_refusals_are_told_apart_and_split(tmp_path: Path) -> None:
         assert (len(loaded.train), len(loaded.heldout)) == (40, 10)
         assert {i.refusal for i in (*loaded.train, *loaded.heldout)} == {refusal}
         assert not {i.family for i in loaded.train} & {i.family for i in loaded.heldout}
+
+
+def test_answered_prompts_all_train_and_none_by_default(tmp_path: Path) -> None:
+    loaded = load_answered(DataConfig(answered=[source(tmp_path, answers(12))]), seed=0)
+    assert len(loaded) == 12 and not any(instruction.refusal for instruction in loaded)
+    assert load_answered(DataConfig(), seed=0) == ()
 
 
 def test_only_the_same_answer_to_the_same_prompt_is_a_duplicate(tmp_path: Path) -> None:
@@ -136,6 +143,18 @@ def test_a_long_list_is_cut_and_counted() -> None:
     assert str(caught.value).count("Rob bank") == 3
 
 
+def test_what_is_answered_must_be_no_toxic_held_out_or_refused_prompt() -> None:
+    contrast, refusals = contrast_set("Rob a bank", "Rob a shop"), refusal_set("Rob a house", "Rob a train")
+
+    def answered(prompt: str) -> list[Instruction]:
+        return [Instruction(prompt, "Like this.", False, prompt, "test", "answers.jsonl, line 3")]
+
+    check_leakage(contrast, refusals, answered("Why is the train sky blue"))
+    for prompt in ("rob a bank", "Rob a shop", "Why is the heldout sky blue", "Rob a house", "Rob a train"):
+        with pytest.raises(UserError, match=r"data\.answered: .*answers\.jsonl, line 3"):
+            check_leakage(contrast, refusals, answered(prompt))
+
+
 # --- the mixture --------------------------------------------------------------------------------------------
 
 
@@ -187,3 +206,53 @@ def test_too_few_refusals_say_what_would_work() -> None:
     assert "needs 950 general instructions and 50 refusals; found 1000" in message and "20 refusals" in message
     assert "set align.examples to 409 or less" in message
     assert len(build_mixture(*pools, examples=409, refusal_share=0.05, seed=0)) == 409
+
+
+@given(
+    pools=st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda shares: sum(shares) <= 1),
+    examples=st.one_of(st.none(), st.integers(1, 60)),
+)
+def test_answered_prompts_have_their_share_too(
+    pools: tuple[int, int, int], shares: tuple[float, float], examples: int | None
+) -> None:
+    """Every size is within one example of each share, and a size that is advised works."""
+    general, refusals = instructions(pools[0], refusal=False), instructions(pools[1], refusal=True)
+    answered = [Instruction(f"Kill {i}", "Like this.", False, f"Kill {i}", "answered") for i in range(pools[2])]
+
+    def build(size: int | None) -> list[Instruction]:
+        return build_mixture(
+            general, refusals, answered, examples=size, refusal_share=shares[0], answered_share=shares[1], seed=0
+        )
+
+    try:
+        mixture = build(examples)
+    except UserError as error:
+        if "or less" in str(error):
+            assert build(int(str(error).split("set align.examples to ")[1].split()[0]))
+        return
+    assert examples in (None, len(mixture))
+    assert len(set(mixture)) == len(mixture)
+    counts = (sum(one.refusal for one in mixture), sum(one.source == "answered" for one in mixture))
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count - share * len(mixture)) <= 1
+
+
+def test_too_few_answered_prompts_say_what_would_work() -> None:
+    pools = instructions(1000, refusal=False), instructions(100, refusal=True), instructions(5, refusal=False)
+    with pytest.raises(UserError) as caught:
+        build_mixture(*pools, examples=400, refusal_share=0.05, answered_share=0.1, seed=0)
+    message = str(caught.value)
+    assert "needs 340 general instructions, 20 refusals and 40 answered seemingly toxic prompts; found" in message
+    assert "align.refusal_share=0.05 and align.answered_share=0.1" in message
+    assert "set align.examples to 5" in message
+
+
+def test_a_share_without_answers_or_the_reverse_is_a_mistake() -> None:
+    source = "data.answered=[{path: answers.jsonl}]"
+    assert load_config(None, [source, "align.answered_share=0.1"]).data.answered[0].path == "answers.jsonl"
+    for given in ([source], ["align.answered_share=0.1"]):
+        with pytest.raises(UserError, match="give both or neither"):
+            load_config(None, given)
+    with pytest.raises(UserError, match="more than the whole mixture"):
+        load_config(None, [source, "align.answered_share=0.6", "align.refusal_share=0.5"])
