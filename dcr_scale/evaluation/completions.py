@@ -9,8 +9,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class CompletionStore:
     def __init__(self, folder: Path, settings: Mapping[str, Any], world: World):
         self.folder, self.world = folder / "completions", world
         self._failure: OSError | None = None
-        with world.agreed(folder):
+        with world.agreed(), written(folder):
             if world.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _agree_on(folder / SETTINGS_FILE, settings)
@@ -90,7 +90,7 @@ class CompletionStore:
         Raises UserError for completions of prompts that are not these suites'.
         """
         found: dict[str, tuple[str, bool]] = {}
-        with self.world.agreed(self.folder):
+        with self.world.agreed(), written(self.folder):
             if self.world.first:
                 for name, prompts in suites.items():
                     mine = self._put_together(name, prompts)
@@ -104,7 +104,7 @@ class CompletionStore:
             by_suite.setdefault(_suite_of(answer.prompt), []).append(answer)
         try:
             for name, mine in by_suite.items():
-                with (self.folder / f"{name}.part-{self.world.rank}.jsonl").open("a", encoding="utf-8") as file:
+                with (self.folder / f"{name}.jsonl.part-{self.world.rank}").open("a", encoding="utf-8") as file:
                     file.write(_lines(mine))
                     file.flush()
                     os.fsync(file.fileno())
@@ -114,13 +114,13 @@ class CompletionStore:
 
     def check(self) -> None:
         """Raise UserError on every rank where any could not store a batch."""
-        with self.world.agreed(self.folder):
+        with self.world.agreed(), written(self.folder):
             if self._failure is not None:
                 raise self._failure
 
     def finish(self, answers: Mapping[str, Sequence[Answer]]) -> None:
         """Write each suite's file whole, in the suite's order. Every rank calls it, with all ranks' answers."""
-        with self.world.agreed(self.folder):
+        with self.world.agreed(), written(self.folder):
             if self.world.first:
                 for name, mine in answers.items():
                     self._replace(name, mine)
@@ -151,7 +151,19 @@ class CompletionStore:
             part.unlink()
 
     def _parts(self, name: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{glob.escape(name)}.part-*.jsonl"))
+        return sorted(self.folder.glob(f"{glob.escape(name)}.jsonl.part-*"))
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """What the disk refuses inside becomes a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space there, make it "
+            "writable, or give another folder by --out"
+        ) from None
 
 
 def _suite_of(prompt: SuitePrompt) -> str:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import rates
 from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
-from dcr_scale.evaluation.generation import completions
+from dcr_scale.evaluation.generation import Completion, completions
 from dcr_scale.evaluation.intervals import Interval
 from dcr_scale.evaluation.rates import Rates
 from dcr_scale.evaluation.suites import Class, SuitePrompt
@@ -92,55 +92,85 @@ def evaluate_suites(
         batch_size: prompts answered at once on a rank.
         world: the ranks that share the work; None: this process alone.
         store: where completions are kept as they come; None: they are not.
+        steering: applied while the model answers.
 
     Raises UserError where a prompt and its answer do not fit into the model's context, and whatever the store does.
     """
     world = world if world is not None else World(0, 1, 0, 1, model.device)
+
+    def answer(encoded: Sequence[Sequence[int]]) -> Iterator[list[Completion]]:
+        with steering.applied(model, encoder.tokenizer) if steering is not None else nullcontext() as hooks:
+            yield from completions(
+                model,
+                encoder.tokenizer,
+                encoded,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                partitioned=partitioned,
+                world=world,
+                hooks=hooks,
+            )
+
+    left = room(model.config, max_new_tokens)
+    return ask(answer, encoder, suites, room=left, together=partitioned, world=world, store=store)
+
+
+def ask(
+    answer: Callable[[Sequence[Sequence[int]]], Iterator[list[Completion]]],
+    encoder: ChatEncoder,
+    suites: Mapping[str, Sequence[SuitePrompt]],
+    *,
+    room: int | None,
+    together: bool,
+    world: World,
+    store: CompletionStore | None,
+) -> EvaluationResult:
+    """:func:`evaluate_suites` with any generator.
+
+    Args:
+        answer: gives this rank's share of the completions of encoded prompts, in batches as they are done.
+        room: tokens that a prompt may have.
+        together: the generator's passes are collectives, so every rank exhausts it, come what may.
+    """
     prompts = {prompt.id: prompt for some in suites.values() for prompt in some}
     kept = store.kept(suites) if store is not None else {}
     asked = [prompt for prompt in prompts.values() if prompt.id not in kept]
     if kept:
         log.info("%d of %d prompts were answered before", len(prompts) - len(asked), len(prompts))
-    encoded = [_encoded(prompt, encoder, model, max_new_tokens) for prompt in asked]
+    encoded = [_encoded(prompt, encoder, room) for prompt in asked]
     began = time.perf_counter()
     own: dict[str, Answer] = {}
     tokens, progress = 0, _Progress(len(asked), world)
-    with steering.applied(model, encoder.tokenizer) if steering is not None else nullcontext() as hooks:
-        for batch in completions(
-            model,
-            encoder.tokenizer,
-            encoded,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            partitioned=partitioned,
-            world=world,
-            hooks=hooks,
-        ):
-            answers = [judged(asked[done.index], done.text, done.finished) for done in batch]
-            own.update({answer.prompt.id: answer for answer in answers})
-            tokens += sum(done.tokens for done in batch)
-            progress.report(len(own), tokens)
-            # Where passes are collectives, the others need this rank to the end.
-            if store is not None and not store.append(answers) and not partitioned:
-                break
+    for batch in answer(encoded):
+        answers = [judged(asked[done.index], done.text, done.finished) for done in batch]
+        own.update({answer.prompt.id: answer for answer in answers})
+        tokens += sum(done.tokens for done in batch)
+        progress.report(len(own), tokens)
+        if store is not None and not store.append(answers) and not together:
+            break
+    if store is not None:
+        store.check()
     found = {name: answer for share in world.gather(own) for name, answer in share.items()}
     found.update({name: judged(prompts[name], *completion) for name, completion in kept.items()})
     (all_tokens,) = world.sum(tokens)
-    if store is not None:
-        store.check()
     answers_of = {name: [found[prompt.id] for prompt in some] for name, some in suites.items()}
     if store is not None:
         store.finish(answers_of)
     return EvaluationResult(answers_of, len(asked), int(all_tokens), time.perf_counter() - began)
 
 
-def _encoded(prompt: SuitePrompt, encoder: ChatEncoder, model: PreTrainedModel, max_new_tokens: int) -> list[int]:
+def room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
+    """How many tokens a prompt may have beside its answer; None where the model's context has no stated end."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - max_new_tokens
+
+
+def _encoded(prompt: SuitePrompt, encoder: ChatEncoder, room: int | None) -> list[int]:
     ids = encoder.encode(prompt.text)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and len(ids) + max_new_tokens > context:
+    if room is not None and len(ids) > room:
         raise UserError(
-            f"{prompt.where}: the prompt has {len(ids)} tokens with its chat template, which with {max_new_tokens} new "
-            f"ones is over the model's context of {context}; lower --max-new-tokens, or leave it out"
+            f"{prompt.where}: the prompt has {len(ids)} tokens with its chat template, and the model's context leaves "
+            f"{room} beside the new ones; lower --max-new-tokens, or leave it out"
         )
     return ids
 
