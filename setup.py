@@ -5,6 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRACKING = ["tensorboard>=2.16", "wandb>=0.18"]
+# Of launchers/evaluate.py: accuracy on tasks, and another engine for GPUs.
+HARNESS = ["lm-eval>=0.4.9"]
+VLLM = ["vllm>=0.10"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.11",
@@ -66,5 +69,11 @@ setup(
         "psutil",
         "pyyaml>=6.0",
     ],
-    extras_require={"gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"], "tracking": TRACKING, "dev": DEV},
+    extras_require={
+        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "tracking": TRACKING,
+        "dev": DEV,
+        "harness": HARNESS,
+        "vllm": VLLM,
+    },
 )

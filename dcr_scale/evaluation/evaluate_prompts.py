@@ -21,6 +21,8 @@ def read_suites(config: EvaluateConfig) -> dict[str, list[SuitePrompt]]:
     found: dict[str, list[SuitePrompt]] = {}
     for spec in config.suite:
         prompts = load_suite(spec)
+        if not prompts:
+            raise UserError(f"--suite {spec}: none of its rows counts: each has a label that the suite leaves out")
         name = prompts[0].id.rpartition("/")[0]
         if name in found:
             raise UserError(f"--suite {spec}: a suite named {name} is there already; rename one of the files")

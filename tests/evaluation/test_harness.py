@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import RankPool
-from toy import contrast_rows, toy_checkpoint
+from toy import LAYERS, contrast_rows, toy_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dcr_scale.baselines.scans import Scans
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import harness
@@ -167,6 +168,27 @@ def test_other_ranks_go_on_where_two_stopped(tmp_path: Path, folder: Path, loade
     assert {path.suffix for path in (tmp_path / "completions").iterdir()} == {".part-0", ".part-1"}
     assert ranks.run(on_ranks, str(folder), str(tmp_path), None, world_size=3, timeout=300.0) == [expected] * 3
     assert evaluate(loaded, tmp_path).generated == 0
+
+
+def test_a_steered_model_answers_in_a_batch_as_alone(loaded: Loaded) -> None:
+    """SCANS decides each row's sign when its prompt runs; rows that leave take theirs with them."""
+    model, encoder = loaded
+    torch.manual_seed(1)
+    steering = Scans(
+        LAYERS, vectors=torch.randn(2, 32), references=torch.randn(3, 32), first=1, alpha=2.0, threshold=0.0
+    )
+    found = {}
+    for batch_size in (1, 64):
+        result = evaluate_suites(model, encoder, SUITES, max_new_tokens=4, batch_size=batch_size, steering=steering)
+        found[batch_size] = result.answers
+    assert found[1] == found[64]
+    assert found[1] != evaluate(loaded).answers
+    prompt = SUITES["a"][3]
+    ids = torch.tensor([encoder.encode(prompt.text)])
+    with steering.applied(model, encoder.tokenizer):
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
+    expected = encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found[64]["a"][3].completion == expected
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
