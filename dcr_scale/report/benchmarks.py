@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcr_scale.evaluation.answers import CLASSES, Row
+from dcr_scale.evaluation.answers import CLASSES
 from dcr_scale.report import figures
-from dcr_scale.report.changes import NAMES, Change, Headline, changes, headline, percent, points
+from dcr_scale.report.changes import NAMES, Change, Headline, changes, headline, percent, points, side_by_side
 from dcr_scale.report.figures import Figure
 from dcr_scale.report.records import Evaluation
 
@@ -37,27 +37,26 @@ def benchmarks(evaluations: Sequence[Evaluation]) -> Benchmarks:
     for evaluation, model in zip(evaluations, models, strict=True):
         if left := sorted(set(evaluation.suites) - set(suites)):
             warnings.append(f"{model}: {', '.join(left)} left out, as not all models have answered it.")
+    pooled = {
+        model: [{**row, "suite": suite} for suite in suites for row in evaluation.suites[suite]]
+        for model, evaluation in zip(models, evaluations, strict=True)
+    }
     found: dict[str, Change] = {}
-    by_suite: dict[str, list[dict[tuple[str, str], Row]]] = {}
     for suite in suites:
-        rows = {model: e.suites[suite] for model, e in zip(models, evaluations, strict=True)}
-        by_suite[suite] = [{(row["class"], row["prompt"]): row for row in own} for own in rows.values()]
-        by_class = changes(rows)
+        by_class = changes(
+            {model: evaluation.suites[suite] for model, evaluation in zip(models, evaluations, strict=True)}
+        )
         for change in by_class:
             # A suite of two classes is two lines.
             found[suite if len(by_class) == 1 else f"{suite}, {NAMES[change.label].lower()}"] = change
     found = {name: change for label in CLASSES for name, change in found.items() if change.label == label}
-    pooled = {
-        model: [row for suite in suites for row in evaluation.suites[suite]]
-        for model, evaluation in zip(models, evaluations, strict=True)
-    }
     return Benchmarks(
         headline=headline(changes(pooled), models[0], models[-1]),
         table=_table(found, models),
         figure=figures.suites(found, models),
         marks=figures.model_marks(models),
         labels=[label for label in CLASSES if any(change.label == label for change in found.values())],
-        answers=_answers(by_suite, models),
+        answers=side_by_side(pooled),
         warnings=warnings,
     )
 
@@ -81,25 +80,3 @@ def _table(found: dict[str, Change], models: Sequence[str]) -> dict[str, Any]:
         rows.append({"kind": change.label, "title": name, "note": f"{change.prompts} prompts", "cells": cells})
     columns = [*models, *(["last − first, points"] if len(models) > 1 else [])]
     return {"corner": "suite", "columns": columns, "rows": rows}
-
-
-def _answers(by_suite: dict[str, list[dict[tuple[str, str], Row]]], models: Sequence[str]) -> dict[str, Any]:
-    rows = []
-    for suite, by_model in by_suite.items():
-        for label, prompt in by_model[0]:
-            if all((label, prompt) in own for own in by_model):
-                given = [own[label, prompt] for own in by_model]
-                rows.append(
-                    {
-                        "class": label,
-                        "suite": suite,
-                        "prompt": prompt,
-                        "answers": [
-                            {"text": r["completion"], "label": r["label"], "probability": r["refusal_probability"]}
-                            for r in given
-                        ],
-                    }
-                )
-    present = {row["class"] for row in rows}
-    classes = [label for label in CLASSES if label in present]
-    return {"models": list(models), "classes": classes, "suites": list(by_suite), "rows": rows}

@@ -116,9 +116,11 @@ def _optional(path: Path) -> dict[str, Any] | None:
 
 def _rows(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # Not splitlines, which would also part a prompt at a Unicode line separator.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():
+                rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: no JSON ({error}); remove the line") from None
     return rows

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from dcr_scale.evaluation.answers import CLASSES, Row
+from dcr_scale.evaluation.answers import CLASSES
 from dcr_scale.evaluation.intervals import Interval
 from dcr_scale.report import curves, figures, maps
 from dcr_scale.report.benchmarks import benchmarks
-from dcr_scale.report.changes import NAMES, Change, changes, headline, percent, points
+from dcr_scale.report.changes import NAMES, Change, changes, headline, percent, points, side_by_side
 from dcr_scale.report.figures import Figure
 from dcr_scale.report.records import Evaluation, RunRecord
 from dcr_scale.runlog import duration
@@ -157,7 +157,7 @@ def _looks(page: Page, run: RunRecord, found: Sequence[Change]) -> dict[str, Any
         return None
     names = list(run.answers)
     (figure,) = page.show([figures.rates(found, names)])
-    answers = _side_by_side(run.answers)
+    answers = side_by_side(run.answers)
     page.answers["look-answers"] = answers
     return {
         "table": _rate_table(run, found, names),
@@ -200,31 +200,6 @@ def _outcome(label: str) -> str:
 
 def _span(interval: Interval) -> str:
     return f"{points(interval.low)} to {points(interval.high)}"
-
-
-def _side_by_side(answers: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """The answers of all looks to each prompt, for the page's list."""
-    by_look = [{(row["class"], row["prompt"]): row for row in rows} for rows in answers.values()]
-    rows = [
-        {
-            "class": label,
-            "prompt": prompt,
-            "answers": [_answer(look[label, prompt]) for look in by_look],
-        }
-        for label, prompt in by_look[0]
-        if all((label, prompt) in look for look in by_look)
-    ]
-    present = {row["class"] for row in rows}
-    return {
-        "models": list(answers),
-        "classes": [name for name in CLASSES if name in present],
-        "suites": [],
-        "rows": rows,
-    }
-
-
-def _answer(row: Row) -> dict[str, Any]:
-    return {"text": row["completion"], "label": row["label"], "probability": row["refusal_probability"]}
 
 
 def _audit(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

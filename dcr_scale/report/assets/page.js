@@ -117,7 +117,7 @@ function example(row, models) {
   return made;
 }
 
-const refused = (answer) => answer.probability > 0.5;
+const refused = (answer) => answer.probability >= 0.5;
 const changed = {
   "": () => true,
   verdict: (row) => new Set(row.answers.map(refused)).size > 1,
