@@ -96,12 +96,13 @@ class SketchSink:
             flat = [x.view(-1, groups, rank).transpose(0, 1).reshape(-1, rank) for x in (delta_MW, input_MW)]
             outer_GNpp = segment_outer(flat[0], flat[1], bounds).view(groups, -1, rank, rank)
             return outer_GNpp.transpose(0, 1)[: len(layout.index)]
-        delta, kept = (
+        sides = (
             layout.rows(x.view(layout.tokens, slots * x.shape[1])).view(len(layout.index), -1, groups, rank)
-            for x in (delta_MW, input_MW)
+            for x in (delta_MW.float(), input_MW.float())
         )
-        # Not einsum, whose parsing costs more than these small products.
-        return delta.float().permute(0, 2, 3, 1) @ kept.float().permute(0, 2, 1, 3)
+        # Groups as further rows. Neither einsum nor a broadcast matmul, which cost more than these small products.
+        delta, kept = (side.transpose(1, 2).reshape(-1, side.shape[1], rank) for side in sides)
+        return torch.bmm(delta.mT, kept).view(-1, groups, rank, rank)
 
     def _add(self, unit: Unit, sketch_BGpp: Tensor) -> None:
         start, size = self._offset[unit.name], self.projections.rank**2
