@@ -29,7 +29,7 @@ from dcr_scale.evaluation.harness import EvaluationResult, ask, evaluate_suites,
 from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.perplexity import Perplexity, perplexity
 from dcr_scale.evaluation.suites import class_counts
-from dcr_scale.evaluation.training_prompts import find_run, training_prompts
+from dcr_scale.evaluation.training_prompts import trained_on
 from dcr_scale.evaluation.vllm_engine import VllmEngine, check_usable
 from dcr_scale.models import attention
 from dcr_scale.models.checkpoint import Checkpoint
@@ -88,12 +88,13 @@ class Evaluation:
         self.dtype = engines.compute_dtype(config.zero, world.device)
         self.checkpoint = Checkpoint.open(self.source, allow_pickle=config.model.allow_pickle)
         with world.agreed():
-            run = find_run(config.run, self.source)
-            self.general = held_out(config, run)
-            training = training_prompts(run) if run is not None else None
+            training = trained_on(config.run, self.source)
+            self.general = held_out(config, training.run)
         asked = {**self.suites, "perplexity": self.general}
         self.overlaps = (
-            None if training is None else [overlap(name, prompts, training) for name, prompts in asked.items()]
+            [overlap(name, prompts, training.prompts) for name, prompts in asked.items()]
+            if training.prompts is not None
+            else None
         )
         self.examples = self._examples()
         self.steering = self._steering()

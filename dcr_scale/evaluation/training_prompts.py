@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcr_scale.config import Config, load_config
@@ -13,35 +14,46 @@ from dcr_scale.pipeline import load_data
 log = logging.getLogger(__name__)
 
 
-def find_run(given: str | None, model: Path) -> Config | None:
-    """The configuration of the run ``given``, or of the folder above the model where that is a run's.
+@dataclass(frozen=True)
+class TrainedOn:
+    """A run's configuration, and the texts of each set that it saw, by the set's name; None where they are unknown."""
 
-    Raises UserError where a given folder is no run's; None, and a word on the console, where there is none to find.
+    run: Config | None
+    prompts: Mapping[str, list[str]] | None
+
+
+def trained_on(given: str | None, model: Path) -> TrainedOn:
+    """What the run ``given`` saw, or else the run in whose folder the model lies.
+
+    Raises UserError where a given folder is no run's, or its sources cannot be read any more. Where none was given, the
+    console says that nothing is known.
     """
     folder = Path(given) if given is not None else model.resolve().parent
     path = folder / "config.yaml"
-    if path.is_file():
-        log.info("the model's run: %s", folder)
-        return load_config(path, [])
-    if given is not None:
-        raise UserError(f"--run {given}: no config.yaml there; give a run's folder, such as runs/<name>")
-    log.info("no run is known of this model, so suites are not checked for prompts that it was trained on: give --run")
-    return None
+    if not path.is_file():
+        if given is not None:
+            raise UserError(f"--run {given}: no config.yaml there; give a run's folder, such as runs/<name>")
+        log.info("no run is known of this model, so its training prompts are not looked for in the suites: give --run")
+        return TrainedOn(None, None)
+    try:
+        run = load_config(path, [])
+        prompts = training_prompts(run)
+    except UserError as error:
+        if given is not None:
+            raise UserError(f"--run {given}: {error}") from None
+        log.warning("%s: training prompts are not looked for in the suites: %s", path, error)
+        return TrainedOn(None, None)
+    log.info("training prompts of the run in %s are looked for in the suites", folder)
+    return TrainedOn(run, prompts)
 
 
 def training_prompts(run: Config) -> Mapping[str, list[str]]:
     """Texts of each set that the run saw, by the set's name: ``data.contrast``, ``data.general``, ``data.refusals``.
 
-    Held-out contrast prompts are among them: they choose when stage 1 stops. Raises UserError where a source of the run
-    cannot be read any more.
+    Held-out contrast prompts are among them: they choose when stage 1 stops. Paths are read from where this is started.
+    Raises UserError where a source cannot be read any more.
     """
-    try:
-        data = load_data(run)
-    except UserError as error:
-        raise UserError(
-            f"the run's training prompts cannot be read again: {error}; start this where the run was started, or give "
-            "--run another folder"
-        ) from None
+    data = load_data(run)
     found: dict[str, list[str]] = {}
     if run.refine is not None:
         found["data.contrast"] = [prompt.text for prompt in (*data.contrast.train, *data.contrast.heldout)]

@@ -111,6 +111,13 @@ def test_a_run_s_training_prompts_are_found_in_the_suite(
     assert by_name["mine"]["by_set"] == {"data.contrast": 8}
     assert by_name["perplexity"]["prompts"] == 4
 
+    # Its sources have gone: a run that was asked for must be read, one that was merely found need not.
+    (tmp_path / "data" / "contrast.jsonl").unlink()
+    assert launched("--model", folder, *files, "--out", tmp_path / "out") == 0
+    assert "training prompts are not looked for in the suites" in capfd.readouterr().err
+    assert launched("--model", folder, *files, "--out", tmp_path / "out", "--run", run) == 2
+    assert f"--run {run}: " in capfd.readouterr().err
+
 
 def test_a_model_without_a_chat_template_is_asked_plainly(
     tmp_path: Path, files: list[str], launched: Callable, capfd: pytest.CaptureFixture
