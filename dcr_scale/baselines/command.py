@@ -1,11 +1,11 @@
-"""A baseline fitted from the command line: read, load, fit, write."""
+"""What the baselines' launchers do: read, load, fit or ask, write."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale.baselines import scans, surgical
-from dcr_scale.baselines.prompts import Name, read_prompts
+from dcr_scale.baselines.answered import own_answers
+from dcr_scale.baselines.prompts import Name, read_prompts, read_set
 from dcr_scale.baselines.scores import Fitted
 from dcr_scale.config import EngineConfig, ModelConfig
 from dcr_scale.data.chat import ChatEncoder
+from dcr_scale.data.splitting import seeded_order
 from dcr_scale.errors import UserError
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import read_config
@@ -26,7 +28,7 @@ from dcr_scale.world import World, cannot_write, device_name, from_environment, 
 
 log = logging.getLogger(__name__)
 
-_FITS = {"surgical": surgical.fit, "scans": scans.fit}
+_FITS: Mapping[str, Callable[..., Fitted]] = {"surgical": surgical.fit, "scans": scans.fit}
 
 
 def run(
@@ -44,11 +46,7 @@ def run(
     ``options`` are keywords of the method's ``fit``. Raises UserError for whatever the user can put right.
     """
     began = time.perf_counter()
-    world = from_environment()
-    configure_console(world.rank)
-    transformers_logging.set_verbosity_error()
-    if world.size > 1:
-        raise UserError(f"a baseline is fitted by one process, and {world.size} were started; start it by python")
+    world = _alone()
     prompts = read_prompts(files, seed=seed)
     loaded, encoder = load_whole(model, system_prompt, world)
     log.info(
@@ -68,15 +66,50 @@ def run(
         "seconds": round(time.perf_counter() - began, 1),
     }
     table, vectors = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.safetensors")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(json.dumps(finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(cannot_write(table, error)) from None
+    _write(table, json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
     fitted.steering.save(vectors)
     log.info("chosen: %s", json.dumps(finite(fitted.facts)))
     log.info("%s in %s; wrote %s and %s", method, duration(report["seconds"]), vectors, table)
     return fitted
+
+
+def write_answers(
+    model: ModelConfig,
+    out: Path,
+    *,
+    file: str | None,
+    seed: int,
+    limit: int,
+    max_new_tokens: int,
+    system_prompt: str | None,
+) -> None:
+    """Ask ``model`` the seemingly toxic prompts of ``file``, or the built-in ones that a run of ``seed`` trains on, and
+    write what it answers as JSONL. Raises UserError for whatever the user can put right."""
+    world = _alone()
+    prompts = read_set("seemingly_toxic", file, seed=seed)
+    asked = [p.text for p in seeded_order(prompts, lambda p: p.text, seed=seed, purpose="answers")[:limit]]
+    loaded, encoder = load_whole(model, system_prompt, world)
+    rows = own_answers(loaded, encoder, asked, max_new_tokens=max_new_tokens)
+    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    log.info("%d of %d prompts answered; wrote %s", len(rows), len(asked), out)
+
+
+def _alone() -> World:
+    """This process, its console ready. Raises UserError where others were started beside it."""
+    world = from_environment()
+    configure_console(world.rank)
+    transformers_logging.set_verbosity_error()
+    if world.size > 1:
+        raise UserError(f"this runs in one process, and {world.size} were started; start it by python")
+    return world
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from None
 
 
 def load_whole(model: ModelConfig, system_prompt: str | None, world: World) -> tuple[PreTrainedModel, ChatEncoder]:

@@ -58,8 +58,7 @@ def read_prompts(files: Mapping[Name, str | None], *, seed: int) -> Prompts:
     """
     prompts: list[Prompt] = []
     for name in NAMES:
-        path = files[name]
-        prompts += _builtin(name, seed) if path is None else _from_file(name, path)
+        prompts += read_set(name, files[name], seed=seed)
     _check_apart(prompts)
     train, validation = split_by_family(
         prompts,
@@ -79,6 +78,16 @@ def read_prompts(files: Mapping[Name, str | None], *, seed: int) -> Prompts:
     return divided
 
 
+def read_set(name: Name, file: str | None, *, seed: int) -> list[Prompt]:
+    """A set's prompts out of its file or, without one, out of the built-in data's training side."""
+    if file is not None:
+        return _from_file(name, file)
+    if name == "harmless":
+        return [Prompt(i.prompt, name, f"general {i.family}") for i in load_general(DataConfig(), seed).train]
+    train = load_contrast(DataConfig(), seed).train
+    return [Prompt(p.text, name, f"contrast {p.family}") for p in train if p.label == name]
+
+
 def encode(prompts: Prompts, encoder: ChatEncoder) -> dict[Name, EncodedSet]:
     """The sets in token ids, without what is too long where ``encoder.overlong`` drops it. Raises UserError."""
 
@@ -91,13 +100,6 @@ def encode(prompts: Prompts, encoder: ChatEncoder) -> dict[Name, EncodedSet]:
         )
         for name, divided in prompts.items()
     }
-
-
-def _builtin(name: Name, seed: int) -> list[Prompt]:
-    if name == "harmless":
-        return [Prompt(i.prompt, name, f"general {i.family}") for i in load_general(DataConfig(), seed).train]
-    train = load_contrast(DataConfig(), seed).train
-    return [Prompt(p.text, name, f"contrast {p.family}") for p in train if p.label == name]
 
 
 def _from_file(name: Name, path: str) -> list[Prompt]:

@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale.errors import UserError
+from dcr_scale.evaluation.generation import dense_attention
 from dcr_scale.models.trunk import decoder_layers
 
 # By how much the sum of its parts may miss what a layer adds, as a share of it: bfloat16 rounds coarsely.
@@ -114,7 +115,7 @@ def residual_writers(model: nn.Module) -> list[nn.Module]:
     ids = torch.linspace(0, config.get_text_config().vocab_size // 2, _PROBE_TOKENS).long()[None]
     ids = ids.to(next(model.parameters()).device)
     mask = torch.ones_like(ids)
-    with removed(handles):
+    with removed(handles), dense_attention(cast(PreTrainedModel, model)):
         owner(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
     shares: dict[str, list[float]] = {}
     for number, (layer, before_TD, after_TD) in enumerate(zip(layers, inputs, outputs, strict=True)):

@@ -19,7 +19,8 @@ from dcr_scale.evaluation.refusal_probability import OpeningTree, opening_masses
 from dcr_scale.world import World
 
 BATCH = 16
-_TOKENS_AT_ONCE = 2048
+# Attention over a row of trees is dense: long rows cost more than they save.
+_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,8 @@ def test_too_few_answered_prompts_say_what_would_work() -> None:
 def test_a_share_without_answers_or_the_reverse_is_a_mistake() -> None:
     source = "data.answered=[{path: answers.jsonl}]"
     assert load_config(None, [source, "align.answered_share=0.1"]).data.answered[0].path == "answers.jsonl"
-    for given in ([source], ["align.answered_share=0.1"]):
+    for overrides in ([source], ["align.answered_share=0.1"]):
         with pytest.raises(UserError, match="give both or neither"):
-            load_config(None, given)
+            load_config(None, overrides)
     with pytest.raises(UserError, match="more than the whole mixture"):
         load_config(None, [source, "align.answered_share=0.6", "align.refusal_share=0.5"])
