@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # Beside the environment it was compiled for: another clone's build would be compiled anew at every change of clone.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: demo test install lint clean
+.PHONY: demo test study study-quick install lint clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,14 @@ demo: $(INSTALLED)
 	else \
 		DS_ACCELERATOR=cpu deepspeed --log_level warning --num_gpus 2 launchers/dcr.py --config configs/demo.yaml $(ARGS); \
 	fi
+
+# Hours on two cores; cut off, it goes on where it was. Writes docs/study.md's tables from all finished cells.
+study: $(INSTALLED)
+	DS_ACCELERATOR=cpu $(BIN)/python launchers/study.py $(ARGS)
+
+# STL against DCR by one seed and few prompts: shows that the path works, not who is better.
+study-quick: $(INSTALLED)
+	DS_ACCELERATOR=cpu $(BIN)/python launchers/study.py --grid quick $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -37,8 +37,8 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
                 build(partial)
                 # mkdtemp's 0700 and safetensors' 0600 would keep other users of a shared cache out.
                 partial.chmod(0o755)
-                for path in partial.iterdir():
-                    path.chmod(0o644)
+                for path in partial.rglob("*"):
+                    path.chmod(0o755 if path.is_dir() else 0o644)
                 try:
                     os.rename(partial, target)
                 except OSError:

@@ -1,0 +1,244 @@
+"""One cell of the study: train (or take up what another cell has trained), ask every suite, write the record.
+
+A record is small and holds no prompt and no completion: what the judge and the string list made of each answer, in the
+suite's order, and what it cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dcr_scale import baselines, typed_yaml
+from dcr_scale.baselines import command as baseline_command
+from dcr_scale.baselines.answered import own_answers
+from dcr_scale.baselines.prompts import Name
+from dcr_scale.config import Config, Label, ModelConfig
+from dcr_scale.data.chat import ChatEncoder, EncodedExample
+from dcr_scale.data.contrast import load_contrast
+from dcr_scale.errors import UserError
+from dcr_scale.evaluation.completions import Answer
+from dcr_scale.evaluation.harness import evaluate_suites
+from dcr_scale.evaluation.perplexity import perplexity
+from dcr_scale.models.cache import build_once
+from dcr_scale.models.checkpoint import resolve
+from dcr_scale.pipeline import run
+from dcr_scale.study.data import Sources, StudyData
+from dcr_scale.study.grid import Cell
+from dcr_scale.study.methods import METHODS, Method
+from dcr_scale.world import World, device_name, from_environment, versions
+
+log = logging.getLogger(__name__)
+
+# One letter a verdict of the judge.
+LETTERS = {"full_refusal": "F", "partial_refusal": "P", "compliance": "C", "degenerate": "D", "undetermined": "U"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all cells share.
+
+    Attributes:
+        base: the configuration that methods change; stage 1 of it is DCR's default.
+        records: folder of the finished cells' records.
+        work: folder of the checkpoints, which may be thrown away.
+        max_new_tokens: of an answer; refusals show early.
+        answered: seemingly toxic prompts with answers in STL-aug's stage 2.
+    """
+
+    base: Config
+    data: StudyData
+    records: Path
+    work: Path
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    answered: int = 32
+
+    def record(self, cell: Cell) -> Path:
+        return self.records / f"{cell.name}.json"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The cell's record, from disk where it has been finished before."""
+        path = self.record(cell)
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        began = time.perf_counter()
+        world = from_environment()
+        method = METHODS[cell.method]
+        trained, facts = self._train(cell, method)
+        steering = self._steering(cell, trained)
+        trained_at = time.perf_counter()
+        found = self._judge(trained, steering, world)
+        record = {
+            "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
+            **facts,
+            **found,
+            "seconds": {
+                **facts["seconds"],
+                "cell": round(time.perf_counter() - began, 1),
+                "judge": round(time.perf_counter() - trained_at, 1),
+            },
+            "device": device_name(world.device),
+            "threads": torch.get_num_threads(),
+            **versions(),
+        }
+        self.records.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.rename(path)
+        if method.steering is None and cell.method != "stl":
+            shutil.rmtree(trained)  # nobody asks for it again, and checkpoints are large
+        return record
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def config(self, cell: Cell, *, stage: int) -> Config:
+        """The configuration of one stage of a cell, as a run would have it."""
+        method, config = METHODS[cell.method], copy.deepcopy(self.base)
+        config.run.seed = cell.seed
+        assert config.refine is not None and config.align is not None
+        for key, value in method.refine.items():
+            _assign(config.refine, key, value)
+        config.align.refusal_share = cell.share
+        # Stage 2 needs no contrast prompts, but its toxic prompts must not be stage 1's.
+        recipe = self.data.contrast[method.contrast or "mixed"]
+        config.data = typed_yaml.load(Config, None, _overrides(recipe, self.data, config)).data
+        if stage == 1:
+            config.align = None
+        else:
+            config.refine = None
+        return config
+
+    def _train(self, cell: Cell, method: Method) -> tuple[Path, dict[str, Any]]:
+        """The aligned model's folder, and what its stages took and saw."""
+        name = f"stl_share{round(100 * cell.share)}_seed{cell.seed}" if method.steering else cell.name
+        folder = build_once(self.work / "aligned" / name, lambda partial: self._align(cell, method, partial))
+        return folder / "aligned", json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+
+    def _refine(self, cell: Cell) -> Path:
+        def build(partial: Path) -> None:
+            config = self.config(cell, stage=1)
+            config.run.name, config.run.dir = f"{cell.method}, stage 1", str(partial)
+            run(config)
+
+        return build_once(self.work / "refined" / f"{cell.method}_seed{cell.seed}", build)
+
+    def _align(self, cell: Cell, method: Method, partial: Path) -> None:
+        config = self.config(cell, stage=2)
+        config.run.name, config.run.dir = cell.name, str(partial)
+        facts: dict[str, Any] = {"seconds": {}}
+        if method.contrast is not None:
+            refined = self._refine(cell)
+            summary = json.loads((refined / "summary.json").read_text(encoding="utf-8"))
+            facts["refine"] = summary["refine"]
+            facts["seconds"]["refine"] = summary["seconds"]["refine"]
+            config.model.path = str(refined / "refined")
+        if method.answered:
+            config.data.answered = typed_yaml.load(
+                Config, None, [f"data.answered=[{{path: {json.dumps(str(self._answers(cell)))}}}]"]
+            ).data.answered
+            assert config.align is not None
+            config.align.answered_share = self.answered / cast(int, config.align.examples)
+        summary = run(config)
+        facts["align"], facts["seconds"]["align"] = summary["align"], summary["seconds"]["align"]
+        facts["probe"] = summary.get("probe")
+        (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    def _answers(self, cell: Cell) -> Path:
+        """Seemingly toxic training prompts with the untrained model's own answers, those that comply."""
+
+        def build(partial: Path) -> None:
+            config = self.config(cell, stage=1)
+            train = load_contrast(config.data, cell.seed).train
+            prompts = [prompt.text for prompt in train if prompt.label == "seemingly_toxic"][: 2 * self.answered]
+            model, encoder = _load(resolve(self.base.model))
+            rows = own_answers(model, encoder, prompts, max_new_tokens=64)[: self.answered]
+            if len(rows) < self.answered:
+                raise UserError(
+                    f"only {len(rows)} of {len(prompts)} prompts are answered; STL-aug needs {self.answered}"
+                )
+            (partial / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        return build_once(self.work / "answered" / f"seed{cell.seed}", build) / "answered.jsonl"
+
+    def _steering(self, cell: Cell, trained: Path) -> baselines.Steering | None:
+        steering = METHODS[cell.method].steering
+        if steering is None:
+            return None
+        # The same prompts that stage 1 has.
+        config = self.config(cell, stage=1)
+        contrast = load_contrast(config.data, cell.seed).train
+
+        def build(partial: Path) -> None:
+            files: dict[Name, str | None] = {"harmless": self.data.general[0]["path"]}
+            for label in get_args(Label):
+                path = partial / f"{label}.jsonl"
+                rows = [json.dumps({"prompt": p.text}) + "\n" for p in contrast if p.label == label]
+                path.write_text("".join(rows), encoding="utf-8")
+                files[label] = str(path)
+            baseline_command.run(
+                steering, ModelConfig(path=str(trained)), partial / "steering",
+                files=files, seed=cell.seed, system_prompt=None, options={},
+            )  # fmt: skip
+
+        return baselines.load(build_once(self.work / "steering" / cell.name, build) / "steering.safetensors")
+
+    # --- judging -----------------------------------------------------------------------------------------------
+
+    def _judge(self, folder: Path, steering: baselines.Steering | None, world: World) -> dict[str, Any]:
+        model, encoder = _load(folder)
+        result = evaluate_suites(
+            model, encoder, self.data.suites,
+            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, steering=steering,
+        )  # fmt: skip
+        examples = self._examples(encoder)
+        known = perplexity(model, encoder.tokenizer, examples, partitioned=False, world=world, steering=steering)
+        return {
+            "suites": {name: _verdicts(answers) for name, answers in result.answers.items()},
+            "perplexity": known.as_dict(),
+            "generated_tokens": result.tokens,
+        }
+
+    def _examples(self, encoder: ChatEncoder) -> list[EncodedExample]:
+        answered = [prompt for prompts in self.data.suites.values() for prompt in prompts if prompt.response]
+        encoded = [encoder.encode_example(p.text, p.response, max_tokens=256) for p in answered]
+        return [example for example in encoded if example is not None]
+
+
+def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:
+    """One letter (:data:`LETTERS`) and one probability in percent an answer, and where the string list refuses."""
+    return {
+        "labels": "".join(LETTERS[answer.label] for answer in answers),
+        "refusal_percent": [round(100 * answer.refusal_probability) for answer in answers],
+        "openings": "".join("r" if answer.opening_refuses else "-" for answer in answers),
+    }
+
+
+def _load(folder: Path) -> tuple[PreTrainedModel, ChatEncoder]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, ChatEncoder(AutoTokenizer.from_pretrained(folder), overlong="drop")
+
+
+def _overrides(contrast: Sources, data: StudyData, config: Config) -> list[str]:
+    """The data part of a configuration as ``key=value``, checked like a user's own."""
+    kept = typed_yaml.to_tree(config)["data"]
+    tree = {**kept, "contrast": contrast, "general": data.general, "refusals": data.refusals}
+    return [f"data={json.dumps(tree)}"]
+
+
+def _assign(settings: Any, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        settings = getattr(settings, name)
+    assert hasattr(settings, last), key
+    setattr(settings, last, value)

@@ -1,0 +1,106 @@
+"""Run the study's cells, a few side by side, and write down what they say."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcr_scale.config import load_config
+from dcr_scale.errors import UserError
+from dcr_scale.runlog import duration
+from dcr_scale.study.cell import Study
+from dcr_scale.study.data import builtin_data, research_data
+from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
+
+log = logging.getLogger(__name__)
+
+GRIDS = {"first": first_grid, "second": second_grid, "quick": quick_grid}
+# Prompts of a suite: in the quick grid, and else.
+_PROMPTS = {True: 24, False: 80}
+_SUITES = "suites.json"
+
+
+def open_study(config: str, records: Path, work: Path, data: Path, *, quick: bool) -> Study:
+    """The study as its configuration has it. Raises UserError for a configuration without both stages."""
+    base = load_config(config, [])
+    if base.refine is None or base.align is None or base.align.examples is None:
+        raise UserError(f"{config}: the study needs refine, align and align.examples")
+    prompts = _PROMPTS[quick]
+    found = research_data(data, prompts) if data.is_dir() else builtin_data(work / "data", prompts)
+    return Study(base, found, records, work)
+
+
+def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not study.record(cell).is_file()]
+
+
+def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs: int) -> None:
+    """Finish every cell, ``jobs`` at a time, each by ``command`` and its name in a process of its own.
+
+    One thread for each: two cells side by side take less time than one on two cores. Raises UserError where one
+    fails; what others have finished stays.
+    """
+    _write_suites(study)
+    waiting, began = pending(study, cells), time.perf_counter()
+    running: dict[Cell, subprocess.Popen] = {}
+    log.info("%d of %d cells are finished", len(cells) - len(waiting), len(cells))
+    total = len(waiting)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                path = study.work / "logs" / f"{cell.name}.log"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w", encoding="utf-8") as file:
+                    running[cell] = subprocess.Popen(
+                        [*command, cell.name], stdout=file, stderr=subprocess.STDOUT, env=environment
+                    )
+            time.sleep(1)
+            for cell, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[cell]
+                if process.returncode:
+                    raise UserError(f"cell {cell.name} failed; see {study.work / 'logs' / f'{cell.name}.log'}")
+                done = total - len(waiting) - len(running)
+                spent = time.perf_counter() - began
+                left = duration(spent / done * (total - done))
+                log.info("%s finished: %d of %d, about %s left", cell.name, done, total, left)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def cell_named(name: str) -> Cell:
+    for grid in GRIDS.values():
+        for cell in grid():
+            if cell.name == name:
+                return cell
+    raise UserError(f"no cell of the study is called {name!r}")
+
+
+def read_records(folder: Path) -> tuple[list[dict], dict[str, dict]]:
+    """The finished cells' records, and what the suites consist of. Raises UserError where there are none."""
+    suites = folder / _SUITES
+    paths = sorted(path for path in folder.glob("*_seed*.json"))
+    if not paths or not suites.is_file():
+        raise UserError(f"{folder}: no cell of the study is finished; run `make study`")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return records, json.loads(suites.read_text(encoding="utf-8"))
+
+
+def _write_suites(study: Study) -> None:
+    """What was asked, without its text. Raises UserError where records of other prompts lie there."""
+    path = study.records / _SUITES
+    found = study.data.categories()
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != found:
+        raise UserError(f"{path}: the records there are of other prompts than these; give another --records")
+    study.records.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""What the study trains on and judges by: public research data where it lies beside the repository, else our own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from dcr_scale.config import DataConfig, Label
+from dcr_scale.data.contrast import ContrastPrompt, load_contrast
+from dcr_scale.data.instructions import Instruction, load_general, load_refusals
+from dcr_scale.data.splitting import draw
+from dcr_scale.evaluation.suites import SuitePrompt, load_suite
+
+Sources = list[dict[str, Any]]
+
+# General instructions that stand on the safe side of stage 1.
+_GENERAL_IN_CONTRAST = 400
+# One split for all seeds: the built-in prompts held out here are the suites where nothing else is at hand.
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Sources by what they are for, as a run's configuration has them.
+
+    ``contrast``: by recipe (:mod:`dcr_scale.study.methods`). ``suites``: what models are judged by, by name;
+    ``published`` says whether they are published benchmarks or only our own held-out prompts.
+    """
+
+    contrast: Mapping[str, Sources]
+    general: Sources
+    refusals: Sources
+    suites: Mapping[str, Sequence[SuitePrompt]]
+    published: bool
+
+    def categories(self) -> dict[str, Any]:
+        """Each suite's prompts by id, class and category, without their text."""
+        return {
+            name: {
+                "class": prompts[0].of_class,
+                "ids": [prompt.id for prompt in prompts],
+                "categories": [prompt.category for prompt in prompts],
+            }
+            for name, prompts in self.suites.items()
+        }
+
+
+def research_data(folder: Path, prompts: int) -> StudyData:
+    """The data sets in ``folder``, at most ``prompts`` prompts of a suite. No suite's prompt is trained on."""
+
+    def path(name: str) -> str:
+        return str(folder / name)
+
+    xstest = {"path": path("xstest_prompts.csv"), "labels": {"safe": "seemingly_toxic", "unsafe": "toxic"}}
+    toxic = {"path": path("stl_toxic_stage1.jsonl")}
+    general = {"path": path("alpaca.jsonl")}
+    safe = {**general, "label": "seemingly_toxic", "limit": _GENERAL_IN_CONTRAST}
+    contrast: dict[str, Sources] = {
+        "mixed": [{"path": "builtin"}, xstest, toxic, safe],
+        "without_general": [{"path": "builtin"}, xstest, toxic],
+        "matched": [{"path": "builtin"}],
+        "paper": [{**xstest, "labels": {"safe": "seemingly_toxic", "unsafe": None}}, toxic],
+    }
+    names = {
+        "or_bench_hard": "or_bench_dev.jsonl",
+        "oktest": "oktest_dev.jsonl",
+        "coconot": "coconot_dev.jsonl",
+        "or_bench_toxic": "or_bench_dev.jsonl",
+        "harmbench": "harmbench_dev.jsonl",
+        "i_malicious": "i_malicious.jsonl",
+        "jailbreakbench": "jailbreakbench.jsonl",
+        "general": "alpaca_heldout.jsonl",
+    }
+    suites = {name: _some(load_suite(f"{name}={folder / file}"), prompts) for name, file in names.items()}
+    return StudyData(contrast, [general], [{"path": path("stl_refusals_stage2.jsonl")}], suites, published=True)
+
+
+def builtin_data(work: Path, prompts: int) -> StudyData:
+    """The built-in prompts alone: three in four train, the rest are the suites. Its files go to ``work``."""
+    data = DataConfig(heldout=0.25)
+    contrast = load_contrast(data, _SPLIT_SEED)
+    general, refusals = load_general(data, _SPLIT_SEED), load_refusals(data, _SPLIT_SEED)
+    work.mkdir(parents=True, exist_ok=True)
+    train = _write(work / "contrast.jsonl", [_row(prompt) for prompt in contrast.train])
+    taught = _write(work / "general.jsonl", [_instruction(one) for one in general.train])
+    refused = _write(work / "refusals.jsonl", [_instruction(one) for one in refusals.train])
+    safe = {"path": taught, "label": "seemingly_toxic", "limit": _GENERAL_IN_CONTRAST}
+    recipes: dict[str, Sources] = {
+        "mixed": [{"path": train}, safe],
+        "without_general": [{"path": train}],
+        "matched": [{"path": train}],
+    }
+    suites = {
+        f"builtin_{label}": _some(
+            [
+                SuitePrompt(f"builtin_{label}/{number}", prompt.text, label, prompt.family, prompt.where)
+                for number, prompt in enumerate(one for one in contrast.heldout if one.label == label)
+            ],
+            prompts,
+        )
+        for label in get_args(Label)
+    }
+    suites["builtin_general"] = [
+        SuitePrompt(f"builtin_general/{number}", one.prompt, "general", "", "", one.response)
+        for number, one in enumerate(general.heldout[:prompts])
+    ]
+    return StudyData(recipes, [{"path": taught}], [{"path": refused}], suites, published=False)
+
+
+def _some(prompts: Sequence[SuitePrompt], limit: int) -> list[SuitePrompt]:
+    return draw(prompts, limit, lambda prompt: prompt.id, seed=0, purpose="study")
+
+
+def _row(prompt: ContrastPrompt) -> dict[str, Any]:
+    return {"prompt": prompt.text, "label": prompt.label, "family": prompt.family, "pair": prompt.pair}
+
+
+def _instruction(one: Instruction) -> dict[str, Any]:
+    return {"prompt": one.prompt, "response": one.response}
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

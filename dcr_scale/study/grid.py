@@ -1,0 +1,49 @@
+"""Which cells the study consists of. A cell is one model trained and judged: a method, a share of refusals, a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcr_scale.study.methods import METHODS
+
+SHARES = (0.25, 0.5, 0.75)
+SEEDS = (0, 1, 2)
+# All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
+_REPEATED = ("stl", "dcr")
+_ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_supcon")
+_SECOND = ("dcr_without_general", "dcr_retained", "dcr_layer_8", "dcr_layer_24", "dcr_toxic_third")
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """``share``: of refusals among stage 2's examples."""
+
+    seed: int
+    method: str
+    share: float
+
+    def __post_init__(self) -> None:
+        assert self.method in METHODS, self.method
+
+    @property
+    def name(self) -> str:
+        """``dcr_share50_seed0``: also its record's file name."""
+        return f"{self.method}_share{round(100 * self.share)}_seed{self.seed}"
+
+
+def first_grid() -> list[Cell]:
+    """36 cells, those that say most first: should the study be cut off, what is there can be compared."""
+    cells = [Cell(seed, method, share) for seed in SEEDS[:1] for method in _REPEATED for share in SHARES]
+    cells += [Cell(SEEDS[0], method, share) for method in _ONCE for share in SHARES]
+    cells += [Cell(seed, method, share) for seed in SEEDS[1:] for method in _REPEATED for share in SHARES]
+    return cells
+
+
+def second_grid() -> list[Cell]:
+    """What the first grid suggests to ask next: which parts of DCR's default matter."""
+    return [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
+
+
+def quick_grid() -> list[Cell]:
+    """STL against DCR, one seed, two shares."""
+    return [Cell(SEEDS[0], method, share) for method in _REPEATED for share in SHARES[:2]]

@@ -1,0 +1,43 @@
+"""The methods that the study compares, each as what it changes in the study's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a safe model.
+
+    Attributes:
+        title: what tables call it.
+        contrast: the recipe of stage 1's prompts (:class:`dcr_scale.study.data.StudyData`); None: no stage 1.
+        refine: what it changes in the configuration's ``refine``, by dotted key.
+        answered: stage 2 also sees seemingly toxic prompts with answers.
+        steering: an inference-time method on the model of plain safety tuning (STL).
+    """
+
+    title: str
+    contrast: str | None = None
+    refine: Mapping[str, Any] = field(default_factory=dict)
+    answered: bool = False
+    steering: Literal["surgical", "scans"] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "stl": Method("STL"),
+    "stl_aug": Method("STL-aug", answered=True),
+    "surgical": Method("Surgical", steering="surgical"),
+    "scans": Method("SCANS", steering="scans"),
+    "dcr": Method("DCR", contrast="mixed"),
+    "dcr_paper": Method("DCR, the paper's sets", contrast="paper"),
+    "dcr_matched": Method("DCR, matched pairs alone", contrast="matched"),
+    "dcr_without_general": Method("DCR, no general prompts in stage 1", contrast="without_general"),
+    "dcr_supcon": Method("DCR, SupCon loss", contrast="mixed", refine={"loss.name": "supcon"}),
+    "dcr_retained": Method("DCR, retention weight 1", contrast="mixed", refine={"retention.weight": 1.0}),
+    "dcr_layer_8": Method("DCR, ℓ = 8", contrast="mixed", refine={"layer": 8}),
+    "dcr_layer_24": Method("DCR, ℓ = 24", contrast="mixed", refine={"layer": 24}),
+    "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
+}

@@ -1,0 +1,63 @@
+"""Compare methods at equal defence: ``python launchers/study.py --grid first``; `make study` says the same.
+
+Trains and judges every cell that has no record yet, so that the same command goes on where it was cut off, then writes
+docs/study.md's tables and pictures from all records. Exit codes: 0 done, 2 something to put right (one line says what).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from dcr_scale.command_line import exit_code, leave
+
+ROOT = Path(__file__).parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", nargs="+", default=["first"], choices=("first", "second", "quick"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells side by side (default: one a core)")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "study.yaml"))
+    parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of checkpoints")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="research data sets")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; write up what is finished")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def study() -> None:
+    given = parse_arguments()
+    from dcr_scale.runlog import configure_console
+    from dcr_scale.study import command, document
+
+    quick = given.grid == ["quick"]
+    records = given.records or ROOT / "benchmarks" / "results" / ("study_quick" if quick else "study")
+    configure_console(0)
+    if not given.report_only:
+        opened = command.open_study(given.config, records, given.work, given.data, quick=quick)
+        if given.cell:
+            opened.run(command.cell_named(given.cell))
+            return
+        cells = [cell for name in given.grid for cell in command.GRIDS[name]()]
+        own = [sys.executable, __file__, *_same(given), "--cell"]
+        command.run_cells(opened, cells, own, max(1, given.jobs))
+    logging.getLogger().info("\n%s", document.write(records, None if quick else ROOT / "docs" / "study.md"))
+
+
+def _same(given: argparse.Namespace) -> list[str]:
+    """The flags that every cell's own process needs."""
+    flags = ["--grid", *given.grid, "--config", given.config, "--work", str(given.work), "--data", str(given.data)]
+    return flags + (["--records", str(given.records)] if given.records else [])
+
+
+def main() -> int:
+    return exit_code(study)
+
+
+if __name__ == "__main__":
+    leave(main())

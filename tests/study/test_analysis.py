@@ -1,0 +1,88 @@
+"""Methods compared at equal defence: lines through points, ratios where both exist, intervals that mean something."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dcr_scale.study.analysis import Curve, curves, difference_at, ratio
+
+CLASSES = {"asked": "seemingly_toxic", "attack": "toxic", "plain": "general"}
+
+
+def line(method: str, points: list[tuple[float, float]], prompts: int = 400, seeds: int = 1) -> Curve:
+    """A curve through (defence success, refusals of seemingly toxic prompts), the same for all seeds."""
+
+    def refused(rates: list[float]) -> np.ndarray:
+        one = np.array([[k < rate * prompts for k in range(prompts)] for rate in rates])
+        return np.repeat(one[None], seeds, axis=0)
+
+    rates = {"attack": [d for d, _ in points], "asked": [s for _, s in points], "plain": [0.1] * len(points)}
+    return Curve(method, tuple(range(len(points))), {name: refused(rates[name]) for name in CLASSES}, CLASSES)
+
+
+def test_a_line_is_read_between_its_points_and_nowhere_else() -> None:
+    curve = line("stl", [(0.2, 0.1), (0.6, 0.5)])
+    np.testing.assert_allclose(curve.at(np.array([0.2, 0.4, 0.6])), [0.1, 0.3, 0.5], atol=1e-9)
+    assert np.isnan(curve.at(np.array([0.1, 0.7]))).all()
+
+
+def test_the_ratio_is_taken_at_equal_defence() -> None:
+    """Half the refusals at each defence success are a ratio of one half, whichever shares led there."""
+    stl = line("stl", [(0.2, 0.2), (0.8, 0.8)])
+    dcr = line("dcr", [(0.1, 0.05), (0.5, 0.25), (0.9, 0.45)])
+    found = ratio(dcr, stl, draws=300)
+    assert found.estimate == pytest.approx(0.5)
+    assert 0.4 < found.low < 0.5 < found.high < 0.6
+    assert difference_at(dcr, stl, 0.6, draws=300).estimate == pytest.approx(-0.3)
+
+
+def test_models_that_refuse_more_of_everything_are_no_worse() -> None:
+    """A point further along the same line is no difference, though it refuses more harmless prompts."""
+    stl, eager = line("stl", [(0.1, 0.1), (0.5, 0.5)]), line("dcr", [(0.4, 0.4), (0.9, 0.9)])
+    found = ratio(eager, stl, draws=300)
+    assert found.estimate == pytest.approx(1.0)
+    assert found.low < 1 < found.high
+
+
+def test_no_common_defence_is_no_comparison() -> None:
+    assert ratio(line("dcr", [(0.1, 0.1), (0.2, 0.1)]), line("stl", [(0.6, 0.3), (0.8, 0.5)])) is None
+    assert difference_at(line("dcr", [(0.1, 0.1), (0.2, 0.1)]), line("stl", [(0.1, 0.3), (0.8, 0.5)]), 0.5) is None
+
+
+def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
+    """Two methods of the same truth, outcomes drawn anew: 1 lies in about 95 of 100 intervals."""
+    generator = np.random.default_rng(0)
+
+    def drawn(method: str) -> Curve:
+        truth = {"attack": [0.3, 0.8], "asked": [0.2, 0.6], "plain": [0.1, 0.1]}
+        refused = {name: generator.random((1, 2, 60)) < np.array(truth[name])[None, :, None] for name in CLASSES}
+        return Curve(method, (0.25, 0.5), refused, CLASSES)
+
+    covered = 0
+    for _ in range(100):
+        found = ratio(drawn("dcr"), drawn("stl"), draws=200)
+        covered += found.low <= 1 <= found.high
+    assert 88 <= covered <= 100
+
+
+def record(method: str, seed: int, share: float, refused: str) -> dict:
+    """A record whose single prompts are refused (r) or not, one letter a suite."""
+    verdicts = {
+        name: {"refusal_percent": [90 if letter == "r" else 10]} for name, letter in zip(CLASSES, refused, strict=True)
+    }
+    return {"cell": {"method": method, "seed": seed, "share": share}, "suites": verdicts}
+
+
+def test_a_seed_without_all_shares_is_left_out() -> None:
+    records = [record("dcr", 0, 0.25, "-r-"), record("dcr", 0, 0.5, "rr-"), record("dcr", 1, 0.5, "rrr")]
+    found = curves(records, CLASSES)["dcr"]
+    assert found.shares == (0.25, 0.5)
+    assert found.seeds == 1
+    assert found.rates("seemingly_toxic").tolist() == [0, 1]
+    assert found.rates("general").tolist() == [0, 0]
+
+
+def test_records_of_other_suites_are_refused() -> None:
+    with pytest.raises(ValueError, match="judged on"):
+        curves([{"cell": {"method": "dcr", "seed": 0, "share": 0.5}, "suites": {"other": {}}}], CLASSES)
