@@ -207,7 +207,7 @@ def fit(
     steering, distance = _anchored(model, encoded, agreement)
     validation = {name: side.validation[:VALIDATION] for name, side in encoded.items()}
     sigma = {
-        name: steering.similarities(_transitions_of(model, kept, agreement)[:, steering.first :])
+        name: steering.similarities(_transitions_of(model, kept, agreement)[:, steering.first :]).cpu()
         for name, kept in validation.items()
     }
     others = torch.cat([sigma["seemingly_toxic"], sigma["harmless"]])
