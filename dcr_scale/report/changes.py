@@ -138,8 +138,8 @@ def headline(found: Sequence[Change], before: str, after: str) -> Headline:
     said = _listed([_VERBS[change.label, change.difference.estimate > 0] for change in certain if change.difference])
     rest = ""
     if open_:
-        names = _listed([NAMES[change.label].lower() for change in open_], "or")
-        rest = f"; on {names} prompts, {count} a class are too few to tell"
+        names = _listed([NAMES[change.label].lower() for change in open_])
+        rest = f"; on {names} prompts no difference is larger than its uncertainty ({count} prompts a class)"
     return Headline(f"Compared with {before}, {after} {said}{rest}.", figures)
 
 
@@ -164,5 +164,5 @@ def points(share: float) -> str:
     return "±0" if rounded == 0 else f"{rounded:+d}".replace("-", "−")
 
 
-def _listed(items: Sequence[str], joined: str = "and") -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {joined} {items[-1]}"
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

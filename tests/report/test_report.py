@@ -90,8 +90,8 @@ def test_the_headline_claims_what_the_intervals_leave_no_doubt_of() -> None:
     found = changes({"before": answers({"toxic": 1}), "after": answers({"toxic": 11, "seemingly_toxic": 1})})
     said = headline(found, "A", "B")
     assert said.sentence == (
-        "Compared with A, B refuses more toxic prompts; on seemingly toxic or general prompts, 12 a class are too few "
-        "to tell."
+        "Compared with A, B refuses more toxic prompts; on seemingly toxic and general prompts no difference is larger "
+        "than its uncertainty (12 prompts a class)."
     )
     assert "Toxic prompts defended: 8\u00a0% → 92\u00a0%, +83 points [+47, +93]" in said.figures
     undone = headline(changes({"a": answers({"seemingly_toxic": 12}), "b": answers({})}), "A", "B")
@@ -141,7 +141,7 @@ def test_evaluations_are_compared_by_suite_and_lead_the_report(tmp_path: Path) -
     stl = evaluation(tmp_path / "stl", "aligned", {"harmful": toxic, "mixed": safe + toxic, "extra": safe})
     dcr = evaluation(tmp_path / "dcr", "aligned", refusing)
     parsed = Parsed(write_report(finished_run(tmp_path / "run"), [stl, dcr]))
-    assert "Compared with stl, dcr refuses more toxic prompts; on seemingly toxic prompts, 12" in parsed.text
+    assert "Compared with stl, dcr refuses more toxic prompts; on seemingly toxic prompts no difference" in parsed.text
     assert "stl: extra left out" in parsed.text
     figure = json.loads(parsed.scripts["figure-data"])["suites"]
     assert figure["layout"]["yaxis"]["ticktext"] == ["mixed, seemingly toxic", "harmful", "mixed, toxic"]

@@ -87,7 +87,7 @@ const VERDICTS = {
   full_refusal: ["refused", "refused"], partial_refusal: ["refused in part", "refused"], compliance: ["complied", "complied"],
   degenerate: ["degenerate", "degenerate"], undetermined: ["unclear", "unclear"],
 };
-const PAGE = 20;
+const PAGE = 10;
 
 function element(tag, text, name) {
   const made = document.createElement(tag);
