@@ -110,28 +110,14 @@ def fit(
     means = {name: mean_residual(model, kept, columns) for name, kept in chosen.items()}
     false_PLD, true_PLD = (means[name] - means["harmless"] for name in ("seemingly_toxic", "toxic"))
     layers = len(backbone(model)[1])
-    writers = residual_writers(model)
     candidates: list[tuple[dict[str, Any], Tensor]] = []
     for depth in range(math.ceil(deepest * layers)):
         for row, position in enumerate(columns):
             vector = orthogonalised(false_PLD[row, depth], true_PLD[row, depth], orthogonal)
             if vector is not None:
-                with ablated(model, vector, writers):
-                    score = mean(refusals(model, validation["seemingly_toxic"][:_SCREENING], tree))
-                candidates.append(({"depth": depth, "position": position, "screening": score}, vector))
-        log.info("depth %d of %d: %d candidates so far", depth, layers, len(candidates))
-    candidates.sort(key=lambda candidate: candidate[0]["screening"])
-    unsteered = next_token_logits(model, validation["harmless"])
-    finalists = 0
-    for candidate, vector in candidates:
-        with ablated(model, vector, writers):
-            candidate["kl"] = kl(unsteered, next_token_logits(model, validation["harmless"]))
-            if candidate["kl"] <= kl_limit:
-                candidate["refusal"] = mean(refusals(model, validation["seemingly_toxic"], tree))
-                finalists += 1
-        log.info("%s", candidate)
-        if finalists == _FINALISTS:
-            break
+                candidates.append(({"depth": depth, "position": position}, vector))
+    writers = residual_writers(model)
+    _judge(model, candidates, writers, validation["seemingly_toxic"], validation["harmless"], tree, kl_limit)
     tried = [candidate for candidate, _ in candidates]
     best = choose(tried, kl_limit)
     winner = tried[best]
@@ -147,6 +133,34 @@ def fit(
         "refusal_after": {"seemingly_toxic": winner["refusal"], "toxic": toxic_after},
     }
     return Fitted(steering, tried, facts)
+
+
+def _judge(
+    model: PreTrainedModel,
+    candidates: list[tuple[dict[str, Any], Tensor]],
+    writers: Sequence[nn.Module],
+    seemingly_toxic: list[list[int]],
+    harmless: list[list[int]],
+    tree: OpeningTree,
+    kl_limit: float,
+) -> None:
+    """Sort the candidates by their ``screening`` score, add ``kl`` in that order, and ``refusal`` to the finalists."""
+    for candidate, vector in candidates:
+        with ablated(model, vector, writers):
+            candidate["screening"] = mean(refusals(model, seemingly_toxic[:_SCREENING], tree))
+        log.info("%s", candidate)
+    candidates.sort(key=lambda pair: pair[0]["screening"])
+    unsteered = next_token_logits(model, harmless)
+    finalists = 0
+    for candidate, vector in candidates:
+        with ablated(model, vector, writers):
+            candidate["kl"] = kl(unsteered, next_token_logits(model, harmless))
+            if candidate["kl"] <= kl_limit:
+                candidate["refusal"] = mean(refusals(model, seemingly_toxic, tree))
+                finalists += 1
+        log.info("%s", candidate)
+        if finalists == _FINALISTS:
+            return
 
 
 def orthogonalised(false_D: Tensor, true_D: Tensor, share: float) -> Tensor | None:
