@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -34,12 +34,14 @@ from dcr_scale.models.cache import build_once
 from dcr_scale.models.checkpoint import resolve
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
-from dcr_scale.study.grid import Cell
+from dcr_scale.study.grid import SHARES, Cell, probed
 from dcr_scale.study.methods import METHODS, Method
 from dcr_scale.world import World, device_name, from_environment, versions
 
 log = logging.getLogger(__name__)
 
+# Steps between two measurements of the probe: more than any stage has, so that it measures at the ends alone.
+_ENDS = 10**9
 # One letter a verdict of the judge.
 LETTERS = {"full_refusal": "F", "partial_refusal": "P", "compliance": "C", "degenerate": "D", "undetermined": "U"}
 
@@ -117,6 +119,9 @@ class Study:
             config.align = None
         else:
             config.refine = None
+        # Stage 1 serves all shares of a seed, so it is measured for whichever comes first.
+        if any(probed(replace(cell, share=share)) for share in (SHARES if stage == 1 else (cell.share,))):
+            config.probe.every = _ENDS
         return config
 
     def _train(self, cell: Cell, method: Method) -> tuple[Path, dict[str, Any]]:
@@ -136,12 +141,13 @@ class Study:
     def _align(self, cell: Cell, method: Method, partial: Path) -> None:
         config = self.config(cell, stage=2)
         config.run.name, config.run.dir = cell.name, str(partial)
-        facts: dict[str, Any] = {"seconds": {}}
+        facts: dict[str, Any] = {"seconds": {}, "probe": {}}
         if method.contrast is not None:
             refined = self._refine(cell)
             summary = json.loads((refined / "summary.json").read_text(encoding="utf-8"))
             facts["refine"] = summary["refine"]
             facts["seconds"]["refine"] = summary["seconds"]["refine"]
+            facts["probe"].update(_ends(summary, "refine"))
             config.model.path = str(refined / "refined")
         if method.answered:
             config.data.answered = typed_yaml.load(
@@ -151,7 +157,7 @@ class Study:
             config.align.answered_share = self.answered / cast(int, config.align.examples)
         summary = run(config)
         facts["align"], facts["seconds"]["align"] = summary["align"], summary["seconds"]["align"]
-        facts["probe"] = summary.get("probe")
+        facts["probe"].update(_ends(summary, "align"))
         (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
     def _answers(self, cell: Cell) -> Path:
@@ -213,6 +219,12 @@ class Study:
         answered = [prompt for prompts in self.data.suites.values() for prompt in prompts if prompt.response]
         encoded = [encoder.encode_example(p.text, p.response, max_tokens=256) for p in answered]
         return [example for example in encoded if example is not None]
+
+
+def _ends(summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A stage's first and last measurement by the probe, where it was on."""
+    found = summary.get("probe", {}).get(stage)
+    return {stage: found} if found is not None else {}
 
 
 def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def kernel(records: Sequence[Mapping[str, Any]]) -> str:
     """Normalised kernel similarity of held-out pairs, before, between and after the stages."""
     rows = [("method", "seed", "stage", "pairs", "at its start", "at its end")]
     for record in sorted(records, key=lambda r: (r["cell"]["method"], r["cell"]["seed"], r["cell"]["share"])):
-        for stage, ends in (record.get("probe") or {}).items():
+        for stage, ends in record["probe"].items():
             for kind in sorted(key for key in ends["first"] if key.startswith("kernel/") and "stderr" not in key):
                 shown = [f"{ends[end][kind]:.3f} ± {ends[end][f'{kind}_stderr']:.3f}" for end in ("first", "last")]
                 name = METHODS[record["cell"]["method"]].title

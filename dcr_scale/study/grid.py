@@ -10,7 +10,7 @@ SHARES = (0.25, 0.5, 0.75)
 SEEDS = (0, 1, 2)
 # All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
 _REPEATED = ("stl", "dcr")
-_ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_supcon")
+_ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_circle")
 _SECOND = ("dcr_without_general", "dcr_retained", "dcr_layer_8", "dcr_layer_24", "dcr_toxic_third")
 
 
@@ -29,6 +29,11 @@ class Cell:
     def name(self) -> str:
         """``dcr_share50_seed0``: also its record's file name."""
         return f"{self.method}_share{round(100 * self.share)}_seed{self.seed}"
+
+
+def probed(cell: Cell) -> bool:
+    """Whether kernel similarity is measured through this cell's training: once for each seed of what is repeated."""
+    return cell.method in _REPEATED and cell.share == SHARES[len(SHARES) // 2]
 
 
 def first_grid() -> list[Cell]:

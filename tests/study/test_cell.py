@@ -81,6 +81,17 @@ def test_cells_of_one_seed_share_stage_1(study: Study, monkeypatch: pytest.Monke
     assert all(path.endswith("refined") for first, path in stages if not first)
 
 
+def test_kernel_similarity_is_measured_in_the_middle(study: Study) -> None:
+    """Held-out pairs, at the ends of both stages; other shares train without the probe."""
+    study.base.probe = replace(study.base.probe, pairs=2, prompts=2, rank=2, groups=2, output_probes=2)
+    record = study.run(Cell(0, "dcr", 0.5))
+    assert set(record["probe"]) == {"refine", "align"}
+    assert record["probe"]["refine"]["last"]["step"] == 2
+    assert "align" not in study.run(Cell(0, "dcr", 0.25))["probe"]
+    found = document.kernel([record])
+    assert found.count("cross") == 2, "one line a stage"
+
+
 def test_the_page_is_written_from_records(study: Study, tmp_path: Path) -> None:
     for method in ("stl", "dcr"):
         for share in (0.25, 0.5):
