@@ -87,7 +87,7 @@ def _round_step(steps: int) -> int:
 
 def curve(run: RunRecord, name: str, title: str, key: str, stages: Sequence[str], **axis: Any) -> Figure | None:
     """One value of every step; None where no step has it."""
-    timeline, data = Timeline(run), []
+    timeline, data = Timeline(run), list[dict[str, Any]]()
     for stage in stages:
         x, y = timeline.series(run.rows(stage), stage, key)
         if any(value is not None for value in y):

@@ -80,14 +80,18 @@ def rates(changes: Sequence[Change], names: Sequence[str]) -> Figure:
                 "legendgroup": change.label,
             }
         )
-    axis = {"tickvals": list(range(len(names))), "ticktext": [*names], "range": [-0.3, len(names) - 0.7]}
+    axis: dict[str, Any] = {
+        "tickvals": list(range(len(names))),
+        "ticktext": [*names],
+        "range": [-0.3, len(names) - 0.7],
+    }
     layout = {"xaxis": {**axis, "showgrid": False}, "yaxis": {"range": [-0.02, 1.02], "tickformat": ".0%"}}
     return Figure("rates", "Answered as it should be, with 95 % intervals", data, {**layout, "height": 320})
 
 
 def suites(found: Mapping[str, Change], models: Sequence[str]) -> Figure:
     """Every suite's share of good answers by model; suites from the top down, in the order given."""
-    data = []
+    data: list[dict[str, Any]] = []
     names = list(found)
     for number, model in enumerate(models):
         shift = 0.5 * (number - (len(models) - 1) / 2) / max(len(models), 2)
@@ -99,7 +103,7 @@ def suites(found: Mapping[str, Change], models: Sequence[str]) -> Figure:
                 "mode": "markers",
                 "x": [rate.estimate for rate in rates_],
                 "y": [place + shift for place in range(len(names))],
-                "error_x": {**error_bars(rates_), "color": "var(--muted)"},
+                "error_x": error_bars(rates_) | {"color": "var(--muted)"},
                 "marker": {"color": colours, "symbol": _OF_MODELS[number % len(_OF_MODELS)], "size": 10},
                 "text": [
                     f"{html.escape(name)}, {html.escape(model)}<br>{OUTCOMES[found[name].label]} "
@@ -109,8 +113,8 @@ def suites(found: Mapping[str, Change], models: Sequence[str]) -> Figure:
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
-    rows = {"tickvals": list(range(len(names))), "ticktext": [html.escape(name) for name in names]}
-    layout = {
+    rows: dict[str, Any] = {"tickvals": list(range(len(names))), "ticktext": [html.escape(name) for name in names]}
+    layout: dict[str, Any] = {
         "xaxis": {"range": [-0.02, 1.02], "tickformat": ".0%"},
         "yaxis": {**rows, "range": [len(names) - 0.5, -0.5], "showgrid": False, "automargin": True},
         "height": 70 + 46 * len(names),

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcr_scale.evaluation.answers import CLASSES
 from dcr_scale.report.changes import NAMES
-from dcr_scale.report.figures import Figure, colour, wrapped
+from dcr_scale.report.figures import SYMBOLS, Figure, colour, wrapped
 
 # Cividis, which colour-blind readers see as others do.
 SCALE = ("#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d2c060", "#fee838")
@@ -47,6 +47,8 @@ def _map(
     sources = list(dict.fromkeys(prompt["source"] for prompt in prompts))
     data = []
     for label in CLASSES:
+        # A marker tells the source; where there is one only, it tells the class as it does elsewhere.
+        symbols = _OF_SOURCES if len(sources) > 1 else (SYMBOLS[label],)
         own = [i for i, prompt in enumerate(prompts) if prompt["label"] == label]
         if own:
             data.append(
@@ -59,7 +61,7 @@ def _map(
                     "hovertemplate": f"<b>{NAMES[label]}</b><br>%{{text}}<extra></extra>",
                     "marker": {
                         "color": colour(label),
-                        "symbol": [_OF_SOURCES[sources.index(prompts[i]["source"]) % len(_OF_SOURCES)] for i in own],
+                        "symbol": [symbols[sources.index(prompts[i]["source"]) % len(symbols)] for i in own],
                         "size": 7,
                         "opacity": 0.75,
                         # Thin symbols are drawn by their line alone.
