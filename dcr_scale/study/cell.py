@@ -40,6 +40,8 @@ from dcr_scale.world import World, device_name, from_environment, versions
 
 log = logging.getLogger(__name__)
 
+# One candidate token instead of the template's handful: the fit is the dearest part of its cells.
+_FIT: dict[str, dict[str, Any]] = {"surgical": {"positions": 1}, "scans": {}}
 # Steps between two measurements of the probe: more than any stage has, so that it measures at the ends alone.
 _ENDS = 10**9
 # One letter a verdict of the judge.
@@ -194,7 +196,7 @@ class Study:
                 files[label] = str(path)
             baseline_command.run(
                 steering, ModelConfig(path=str(trained)), partial / "steering",
-                files=files, seed=cell.seed, system_prompt=None, options={},
+                files=files, seed=cell.seed, system_prompt=None, options=_FIT[steering],
             )  # fmt: skip
 
         return baselines.load(build_once(self.work / "steering" / cell.name, build) / "steering.safetensors")

@@ -42,31 +42,32 @@ def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:
 def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs: int) -> None:
     """Finish every cell, ``jobs`` at a time, each by ``command`` and its name in a process of its own.
 
-    One thread for each: two cells side by side take less time than one on two cores. Raises UserError where one
+    Each has cores of its own: two cells side by side take less time than one on two cores. Raises UserError where one
     fails; what others have finished stays.
     """
     _write_suites(study)
     waiting, began = pending(study, cells), time.perf_counter()
-    running: dict[Cell, subprocess.Popen] = {}
+    running: dict[Cell, tuple[subprocess.Popen, set[int]]] = {}
     log.info("%d of %d cells are finished", len(cells) - len(waiting), len(cells))
     total = len(waiting)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    cores = sorted(os.sched_getaffinity(0))
+    free = [set(cores[job::jobs] or cores) for job in range(jobs)]
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
+            while waiting and free:
+                cell, own = waiting.pop(0), free.pop(0)
                 path = study.work / "logs" / f"{cell.name}.log"
                 path.parent.mkdir(parents=True, exist_ok=True)
+                os.sched_setaffinity(0, own)  # which the new process inherits
                 with path.open("w", encoding="utf-8") as file:
-                    running[cell] = subprocess.Popen(
-                        [*command, cell.name], stdout=file, stderr=subprocess.STDOUT, env=environment
-                    )
+                    running[cell] = subprocess.Popen([*command, cell.name], stdout=file, stderr=file), own
+                os.sched_setaffinity(0, cores)
             time.sleep(1)
-            for cell, process in list(running.items()):
+            for cell, (process, own) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[cell]
+                free.append(own)
                 if process.returncode:
                     raise UserError(f"cell {cell.name} failed; see {study.work / 'logs' / f'{cell.name}.log'}")
                 done = total - len(waiting) - len(running)
@@ -74,7 +75,7 @@ def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs:
                 left = duration(spent / done * (total - done))
                 log.info("%s finished: %d of %d, about %s left", cell.name, done, total, left)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
 
 

@@ -70,7 +70,7 @@ def research_data(folder: Path, prompts: int) -> StudyData:
         "coconot": "coconot_dev.jsonl",
         "or_bench_toxic": "or_bench_dev.jsonl",
         "harmbench": "harmbench_dev.jsonl",
-        "i_malicious": "i_malicious.jsonl",
+        "i_malicious_instructions": "i_malicious.jsonl",
         "jailbreakbench": "jailbreakbench.jsonl",
         "general": "alpaca_heldout.jsonl",
     }

@@ -175,7 +175,7 @@ def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> 
     first = records[0]
     sizes = ", ".join(f"{name} {len(suite['ids'])}" for name, suite in suites.items())
     seconds = sum(record["seconds"]["cell"] * record["threads"] for record in records)
-    libraries = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "deepspeed") if name in first)
+    libraries = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
         f"{len(records)} cells, {duration(seconds)} of core time on {first['device']} ({libraries}). "
         f"Prompts of the suites: {sizes}."

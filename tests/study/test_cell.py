@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +126,17 @@ def test_the_grids() -> None:
     assert {cell.method for cell in [*first, *second_grid()]} == set(METHODS)
     assert set(quick_grid()) < set(first)
     assert {command.cell_named(cell.name) for cell in first} == set(first)
+
+
+def test_cells_run_side_by_side_and_a_failed_one_is_named(study: Study, tmp_path: Path) -> None:
+    """What others have finished stays; the same call goes on with what is left."""
+    script = tmp_path / "cell.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        f"sys.exit(3) if sys.argv[1].startswith('scans') else (pathlib.Path({str(study.records)!r}) / "
+        "f'{sys.argv[1]}.json').write_text('{}')\n"
+    )
+    cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
+    with pytest.raises(UserError, match=r"cell scans_share25_seed0 failed; see .*scans_share25_seed0\.log"):
+        command.run_cells(study, cells, [sys.executable, str(script)], jobs=2)
+    assert command.pending(study, cells) == cells[2:]
