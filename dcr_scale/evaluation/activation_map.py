@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcr_scale.evaluation.answers import CLASSES
+from dcr_scale.evaluation.suites import CLASSES
 
 # More points of a class cover one another; more cells of a heat map are smaller than a pixel of a phone.
 POINTS_A_CLASS = 150

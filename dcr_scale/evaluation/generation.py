@@ -56,8 +56,8 @@ def generate(
     batch_size: int,
     partitioned: bool,
     world: World,
-) -> list[str]:
-    """The texts of :func:`completions`, on every rank and in the prompts' order."""
+) -> list[Completion]:
+    """All ranks' :func:`completions`, on every rank and in the prompts' order."""
     own = completions(
         model,
         tokenizer,
@@ -67,8 +67,8 @@ def generate(
         partitioned=partitioned,
         world=world,
     )
-    shares = world.gather({done.index: done.text for batch in own for done in batch})
-    merged = {i: text for share in shares for i, text in share.items()}
+    shares = world.gather([done for batch in own for done in batch])
+    merged = {done.index: done for share in shares for done in share}
     return [merged[i] for i in range(len(encoded))]
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,18 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from dcr_scale import engine as engines
 from dcr_scale.align import ResponseLoss
-from dcr_scale.config import Config
+from dcr_scale.config import Config, Label
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import EncodedPrompts
+from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.data.packing import micro_batches, pack
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.activation_map import ActivationMap, MappedPrompt
-from dcr_scale.evaluation.answers import CLASSES, Rates, judged, rates
+from dcr_scale.evaluation.completions import Answer, judged
 from dcr_scale.evaluation.generation import generate
 from dcr_scale.evaluation.intervals import Interval
+from dcr_scale.evaluation.rates import Rates, by_class, rounded
+from dcr_scale.evaluation.suites import CLASSES, Class, SuitePrompt
 from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
 from dcr_scale.models.stored import StoredModel
@@ -44,19 +46,22 @@ class Look:
 
     separation: Separation
     layer: int
-    rates: Mapping[str, Rates]
+    rates: Mapping[Class, Rates]
     perplexity: float
 
     def as_dict(self) -> dict:
+        refusal = {name: rounded(found["refusal"]) for name, found in self.rates.items()}
+
+        def shares(counted: str) -> dict[str, float]:
+            return {name: round(found[counted].estimate, 4) for name, found in self.rates.items()}
+
         return {
             "layer": self.layer,
             "cosine": self.separation.as_dict(),
-            "refusal_rate": {name: round(found.refused.estimate, 4) for name, found in self.rates.items()},
-            "refusal_interval": {
-                name: [round(found.refused.low, 4), round(found.refused.high, 4)] for name, found in self.rates.items()
-            },
-            "refusal_rate_by_opening": {name: round(found.by_opening, 4) for name, found in self.rates.items()},
-            "degenerate_rate": {name: round(found.degenerate, 4) for name, found in self.rates.items()},
+            "refusal_rate": {name: rate["estimate"] for name, rate in refusal.items()},
+            "refusal_interval": {name: [rate["low"], rate["high"]] for name, rate in refusal.items()},
+            "refusal_rate_by_opening": shares("string_list_refusal"),
+            "degenerate_rate": shares("degenerate"),
             "prompts": {name: found.prompts for name, found in self.rates.items()},
             "perplexity": round(self.perplexity, 4),
         }
@@ -64,10 +69,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to be answered, of one of the three classes, and its token ids."""
+    """A prompt to be answered, its token ids, and where it comes from."""
 
-    label: str
-    text: str
+    prompt: SuitePrompt
     ids: list[int]
     source: str
     family: str
@@ -102,7 +106,7 @@ class Looker:
         self.attention = attention.choose(config.model.attention, world.device, self.dtype)
         self.layers = depth(model_config)
         self.pooling = config.refine.pooling if config.refine is not None else "last"
-        self.general = [question for question in self.asked if question.label == "general"]
+        self.general = [question for question in self.asked if question.prompt.of_class == "general"]
         self.map: ActivationMap | None = None
 
     def take(self, name: str, stored: StoredModel) -> Look:
@@ -123,8 +127,8 @@ class Looker:
         model, run = self._load(stored, placement)
         perplexity = self._perplexity(run)
         model.set_attn_implementation("sdpa")
-        rows = self._answers(name, model, placement.partitioned)
-        return Look(found, self.layer, rates(rows), perplexity)
+        answers = by_class(self._answers(name, model, placement.partitioned))
+        return Look(found, self.layer, {of: Rates.of(own) for of, own in answers.items()}, perplexity)
 
     # --- what is measured --------------------------------------------------------------------------------------
 
@@ -159,7 +163,9 @@ class Looker:
             if self.world.first:
                 if self.map is None:
                     prompts = [MappedPrompt(p.label, p.source, p.family, p.text) for p in self.contrast.prompts]
-                    prompts += [MappedPrompt(q.label, q.source, q.family, q.text) for q in self.general]
+                    prompts += [
+                        MappedPrompt(q.prompt.of_class, q.source, q.family, q.prompt.text) for q in self.general
+                    ]
                     self.map = ActivationMap(path, prompts, self.layer, self.pooling)
                 self.map.add(name, rows_ND)
 
@@ -185,7 +191,7 @@ class Looker:
         total, count = self.world.sum(summed, tokens)
         return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
-    def _answers(self, name: str, model: PreTrainedModel, partitioned: bool) -> list[dict[str, Any]]:
+    def _answers(self, name: str, model: PreTrainedModel, partitioned: bool) -> list[Answer]:
         """The model's answers with the judge's verdicts."""
         look = self.config.look
         completions = generate(
@@ -197,33 +203,36 @@ class Looker:
             partitioned=partitioned,
             world=self.world,
         )
-        rows = judged(
-            [
-                {"class": asked.label, "prompt": asked.text, "completion": text}
-                for asked, text in zip(self.asked, completions, strict=True)
-            ]
-        )
+        answers = [
+            judged(asked.prompt, done.text, done.finished) for asked, done in zip(self.asked, completions, strict=True)
+        ]
         path = self.config.run.folder / "look" / f"{name}.jsonl"
         with self.world.agreed(path):
             if self.world.first:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines = "".join(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in answers)
                 path.write_text(lines, encoding="utf-8")
-        return rows
+        return answers
 
     # --- its questions -----------------------------------------------------------------------------------------
 
     def _questions(self, encoder: ChatEncoder, general: Sequence[Instruction]) -> list[Question]:
         """The first ``look.prompts`` of each class."""
         questions: list[Question] = []
-        for label in CLASSES[:2]:
+
+        def ask(asked: ContrastPrompt | Instruction, of_class: Class, text: str, ids: list[int]) -> None:
+            prompt = SuitePrompt(f"look/{len(questions)}", text, of_class, "", asked.where)
+            questions.append(Question(prompt, ids, asked.source, asked.family))
+
+        for label in get_args(Label):
             sides = zip(self.contrast.prompts, self.contrast.ids, strict=True)
-            own = [Question(label, p.text, ids, p.source, p.family) for p, ids in sides if p.label == label]
-            questions += own[: self.config.look.prompts]
+            for prompt, ids in [side for side in sides if side[0].label == label][: self.config.look.prompts]:
+                ask(prompt, label, prompt.text, ids)
         encoded = encoder.encode_prompts([example.prompt for example in general], "held-out general prompts")
-        rows = zip(general, encoded, strict=True)
-        kept = [(example, ids) for example, ids in rows if ids is not None]
-        return questions + [Question("general", e.prompt, ids, e.source, e.family) for e, ids in kept]
+        for example, fitting in zip(general, encoded, strict=True):
+            if fitting is not None:
+                ask(example, "general", example.prompt, fitting)
+        return questions
 
     def _examples(self, encoder: ChatEncoder, general: Sequence[Instruction]) -> list[EncodedExample]:
         limit = self.config.align.max_tokens if self.config.align is not None else encoder.max_prompt_tokens
@@ -269,8 +278,9 @@ def table(looks: Mapping[str, Look]) -> str:
         own = [look.rates.get(label) for look in found]
         if own[0] is not None:
             title = f"refused, {label.replace('_', ' ')} ({own[0].prompts} prompts)"
-            rows.append((title, ["–" if rate is None else _percentages(rate.refused) for rate in own]))
-            row("  by how the answer opens", [math.nan if rate is None else rate.by_opening for rate in own], ".0%")
+            rows.append((title, ["–" if rate is None else _percentages(rate["refusal"]) for rate in own]))
+            openings = [math.nan if rate is None else rate["string_list_refusal"].estimate for rate in own]
+            row("  by how the answer opens", openings, ".0%")
     row("perplexity, general answers", [look.perplexity for look in found], ".2f")
     width = max(len(title) for title, _ in rows)
     lines = [f"{'held out, rates with 95 % intervals':<{width}}" + "".join(f"{name:>15}" for name in looks)]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from dcr_scale.config import Columns, ContrastSource, Source
 from dcr_scale.data.sources import HUB, USUAL_COLUMNS, USUAL_LABELS, Row, read_columns, read_rows
@@ -21,6 +21,7 @@ from dcr_scale.errors import UserError
 from dcr_scale.typed_yaml import setting
 
 Class = Literal["seemingly_toxic", "toxic", "general"]
+CLASSES: tuple[Class, ...] = get_args(Class)
 
 FILES = (".jsonl", ".csv", ".parquet")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcr_scale.evaluation.answers import CLASSES
+from dcr_scale.evaluation.suites import CLASSES
 from dcr_scale.report import figures
 from dcr_scale.report.changes import NAMES, Change, Headline, changes, headline, percent, points, side_by_side
 from dcr_scale.report.figures import Figure

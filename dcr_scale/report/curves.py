@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcr_scale.evaluation.answers import Row
 from dcr_scale.report.figures import Figure, colour
-from dcr_scale.report.records import RunRecord
+from dcr_scale.report.records import Row, RunRecord
 
 _Z = 1.96
 

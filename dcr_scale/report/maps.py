@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcr_scale.evaluation.answers import CLASSES
+from dcr_scale.evaluation.suites import CLASSES
 from dcr_scale.report.changes import NAMES
 from dcr_scale.report.figures import SYMBOLS, Figure, colour, wrapped
 

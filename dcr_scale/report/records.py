@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from dcr_scale.errors import UserError
-from dcr_scale.evaluation.answers import CLASSES, Row, judged
+from dcr_scale.evaluation.suites import CLASSES
+
+Row = dict[str, Any]
 
 LOOKS = ("before", "refined", "aligned")
 
@@ -80,19 +82,14 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def _answers(path: Path) -> list[Row]:
-    """Completions with their verdicts: a folder from before they were kept is judged now."""
+    """Completions with their verdicts."""
     rows = _rows(path)
     for number, row in enumerate(rows, 1):
-        for key in ("class", "prompt", "completion"):
-            if not isinstance(row.get(key), str):
-                raise UserError(
-                    f"{path}: row {number} has no text under {key!r}; let the run or evaluation write it anew"
-                )
+        for key in ("class", "prompt", "completion", "label", "refusal_probability"):
+            if key not in row:
+                raise UserError(f"{path}: row {number} has no {key!r}; let the run or evaluation write it anew")
         if row["class"] not in CLASSES:
             raise UserError(f"{path}: row {number} is of class {row['class']!r}; known are {', '.join(CLASSES)}")
-    missing = [i for i, row in enumerate(rows) if "label" not in row or "refusal_probability" not in row]
-    for i, row in zip(missing, judged([rows[i] for i in missing]), strict=True):
-        rows[i] = row
     return rows
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from dcr_scale.evaluation.answers import CLASSES
 from dcr_scale.evaluation.intervals import Interval
+from dcr_scale.evaluation.suites import CLASSES
 from dcr_scale.report import curves, figures, maps
 from dcr_scale.report.benchmarks import benchmarks
 from dcr_scale.report.changes import NAMES, Change, changes, headline, percent, points, side_by_side
@@ -230,7 +230,7 @@ def _area(area: Mapping[str, float]) -> tuple[str, str]:
 
 
 def _probe(page: Page, run: RunRecord) -> list[Figure]:
-    asked = {label: (NAMES[label], label, figures.SYMBOLS[label]) for label in CLASSES}
+    asked: dict[str, tuple[str, ...]] = {label: (NAMES[label], label, figures.SYMBOLS[label]) for label in CLASSES}
     return page.show(
         [
             curves.probe_curves(run, "refusal-probability", "Refusal probability", "refusal_probability", asked),

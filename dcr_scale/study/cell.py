@@ -65,7 +65,7 @@ class Study:
     records: Path
     work: Path
     max_new_tokens: int = 32
-    batch_size: int = 32
+    batch_size: int = 64
     answered: int = 32
 
     def record(self, cell: Cell) -> Path:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
-from finished_run import ANSWER, CLASSES, HOSTILE, REFUSAL, answers, evaluation, finished_run, write_rows
+from finished_run import CLASSES, HOSTILE, REFUSAL, answers, evaluation, finished_run, write_rows
 
 from dcr_scale import pipeline
 from dcr_scale.errors import UserError
@@ -122,16 +122,12 @@ def test_a_run_without_probe_says_how_to_turn_it_on_and_without_looks_has_no_suc
     assert {str(tag["href"])[1:] for tag in parsed.of("a") if str(tag["href"]).startswith("#")} == anchors
 
 
-def test_answers_from_before_there_were_verdicts_are_judged(tmp_path: Path) -> None:
+def test_answers_without_verdicts_are_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    old = [{"class": label, "prompt": "How?", "completion": text} for label in CLASSES for text in (REFUSAL,)]
-    for name in ("before", "refined"):
-        write_rows(run / "look" / f"{name}.jsonl", old)
-    write_rows(run / "look" / "aligned.jsonl", [{**row, "completion": ANSWER} for row in old])
-    rows = json.loads(Parsed(write_report(run)).scripts["look-answers"])["rows"]
-    assert [[answer["label"] for answer in row["answers"]] for row in rows] == [
-        ["full_refusal", "full_refusal", "compliance"]
-    ] * 3
+    rows = [{"class": label, "prompt": "How?", "completion": REFUSAL} for label in CLASSES]
+    write_rows(run / "look" / "refined.jsonl", rows)
+    with pytest.raises(UserError, match=r"refined\.jsonl: row 1 has no 'label'"):
+        write_report(run)
 
 
 def test_evaluations_are_compared_by_suite_and_lead_the_report(tmp_path: Path) -> None:
@@ -159,7 +155,7 @@ def test_the_command_writes_it_and_says_what_is_wrong(tmp_path: Path, capsys: py
     assert main([str(run), "--evaluation", str(run)]) == 2
     assert "no completions/*.jsonl" in capsys.readouterr().err
     (run / "look" / "before.jsonl").write_text('{"class": "toxic", "prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"before\.jsonl: row 1 has no text under 'completion'"):
+    with pytest.raises(UserError, match=r"before\.jsonl: row 1 has no 'completion'"):
         write_report(run)
 
 
