@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from dcr_scale.study.methods import METHODS
 
-SHARES = (0.25, 0.5, 0.75)
+# From models that refuse a few toxic prompts to models that refuse nearly all.
+SHARES = (0.1, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 # All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
 _REPEATED = ("stl", "dcr")
@@ -33,7 +34,7 @@ class Cell:
 
 def probed(cell: Cell) -> bool:
     """Whether kernel similarity is measured through this cell's training: once for each seed of what is repeated."""
-    return cell.method in _REPEATED and cell.share == SHARES[len(SHARES) // 2]
+    return cell.method in _REPEATED and cell.share == SHARES[-1]
 
 
 def first_grid() -> list[Cell]:

@@ -82,7 +82,7 @@ def test_cells_of_one_seed_share_stage_1(study: Study, monkeypatch: pytest.Monke
     assert all(path.endswith("refined") for first, path in stages if not first)
 
 
-def test_kernel_similarity_is_measured_in_the_middle(study: Study) -> None:
+def test_kernel_similarity_is_measured_at_one_share(study: Study) -> None:
     """Held-out pairs, at the ends of both stages; other shares train without the probe."""
     study.base.probe = replace(study.base.probe, pairs=2, prompts=2, rank=2, groups=2, output_probes=2)
     record = study.run(Cell(0, "dcr", 0.5))
