@@ -27,7 +27,7 @@ from dcr_scale.config import Config, Label, ModelConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.data.contrast import load_contrast
 from dcr_scale.errors import UserError
-from dcr_scale.evaluation.completions import Answer
+from dcr_scale.evaluation.completions import Answer, CompletionStore
 from dcr_scale.evaluation.harness import evaluate_suites
 from dcr_scale.evaluation.perplexity import perplexity
 from dcr_scale.models.cache import build_once
@@ -82,7 +82,7 @@ class Study:
         trained, facts = self._train(cell, method)
         steering = self._steering(cell, trained)
         trained_at = time.perf_counter()
-        found = self._judge(trained, steering, world)
+        found = self._judge(cell, trained, steering, world)
         record = {
             "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
             **facts,
@@ -203,11 +203,15 @@ class Study:
 
     # --- judging -----------------------------------------------------------------------------------------------
 
-    def _judge(self, folder: Path, steering: baselines.Steering | None, world: World) -> dict[str, Any]:
+    def _judge(self, cell: Cell, folder: Path, steering: baselines.Steering | None, world: World) -> dict[str, Any]:
         model, encoder = _load(folder)
+        # A cell that was cut off goes on with the answers it has; they stay in the work folder, to be looked at.
+        store = CompletionStore(
+            self.work / "answers" / cell.name, {"model": str(folder), "max_new_tokens": self.max_new_tokens}, world
+        )
         result = evaluate_suites(
             model, encoder, self.data.suites,
-            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, steering=steering,
+            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, steering=steering, store=store,
         )  # fmt: skip
         examples = self._examples(encoder)
         known = perplexity(model, encoder.tokenizer, examples, partitioned=False, world=world, steering=steering)
