@@ -61,7 +61,7 @@ def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
 
     covered = 0
     for _ in range(100):
-        found = ratio(drawn("dcr"), drawn("stl"), draws=200)
+        found = ratio(drawn("dcr"), drawn("stl"), draws=100)
         covered += found.low <= 1 <= found.high
     assert 88 <= covered <= 100
 

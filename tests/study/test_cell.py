@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from toy import contrast_rows, general_rows, refusal_rows, toy_checkpoint, write_jsonl
 
-from dcr_scale.config import load_config
+from dcr_scale import pipeline
+from dcr_scale.config import Config, load_config
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import Class, SuitePrompt
 from dcr_scale.study import command, document
@@ -38,8 +39,8 @@ def study(alone: None, tmp_path: Path) -> Study:
         f"model.path={model}", "engine.precision=fp32", "look.enabled=false", "data.overlong=drop",
         "refine.layer=2", "refine.steps=2", "refine.batch_size=8", "refine.retention.weight=0",
         "align.examples=8", "align.epochs=1", "align.batch_size=4", "align.max_tokens=64",
+        "probe.pairs=2", "probe.prompts=2", "probe.rank=2", "probe.groups=2", "probe.output_probes=2",
     ]  # fmt: skip
-    base = load_config(None, small)
     contrast = write_jsonl(tmp_path / "contrast.jsonl", contrast_rows())
     sources = {
         "general": [{"path": str(write_jsonl(tmp_path / "general.jsonl", general_rows()))}],
@@ -47,70 +48,83 @@ def study(alone: None, tmp_path: Path) -> Study:
     }
     recipes = {name: [{"path": str(contrast)}] for name in ("mixed", "matched", "paper", "without_general")}
     data = StudyData(recipes, **sources, suites=SUITES, published=False)
-    return Study(base, data, tmp_path / "records", tmp_path / "work", max_new_tokens=4)
+    return Study(load_config(None, small), data, tmp_path / "records", tmp_path / "work", max_new_tokens=4)
 
 
-def test_a_cell_leaves_a_record_and_is_not_run_again(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell(0, "dcr", 0.25)
-    record = study.run(cell)
-    assert record["cell"] == {"method": "dcr", "share": 0.25, "seed": 0}
-    assert record["refine"]["updates"] == 2
-    assert record["align"]["refusals"] == 2
-    assert {name: len(found["labels"]) for name, found in record["suites"].items()} == dict.fromkeys(SUITES, 3)
-    assert record["perplexity"]["examples"] == 3
-    text = study.record(cell).read_text(encoding="utf-8")
-    assert not any(prompt.text in text for prompts in SUITES.values() for prompt in prompts), "no prompt in a record"
-
-    monkeypatch.setattr("dcr_scale.study.cell.run", lambda config: pytest.fail("trained again"))
-    assert study.run(cell) == json.loads(text)
-
-
-def test_cells_of_one_seed_share_stage_1(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One stage 1 serves all shares; stage 2 begins with its checkpoint."""
-    from dcr_scale import pipeline
-
+def test_a_cell_leaves_a_record_and_shares_stage_1(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage 1 serves all shares of a seed, stage 2 begins with its checkpoint, and what is finished is kept.
+    Kernel similarity of held-out pairs is measured at the ends of both stages, at one share."""
     stages: list[tuple[bool, str]] = []
 
-    def counted(config):
+    def counted(config: Config) -> dict:
         stages.append((config.refine is not None, config.model.path))
         return pipeline.run(config)
 
     monkeypatch.setattr("dcr_scale.study.cell.run", counted)
-    for share in (0.25, 0.5):
-        study.run(Cell(1, "dcr", share))
+    cells = [Cell(0, "dcr", 0.5), Cell(0, "dcr", 0.25)]
+    records = [study.run(cell) for cell in cells]
     assert [first for first, _ in stages] == [True, False, False]
     assert all(path.endswith("refined") for first, path in stages if not first)
+    assert [record["align"]["refusals"] for record in records] == [4, 2]
+    assert [set(record["probe"]) for record in records] == [{"refine", "align"}, {"refine"}]
+    assert document.kernel(records[:1]).count("cross") == 2, "one line a stage"
+
+    record = records[0]
+    assert record["cell"] == {"method": "dcr", "share": 0.5, "seed": 0}
+    assert record["refine"]["updates"] == 2
+    assert {name: len(found["labels"]) for name, found in record["suites"].items()} == dict.fromkeys(SUITES, 3)
+    assert record["perplexity"]["examples"] == 3
+    text = study.record(cells[0]).read_text(encoding="utf-8")
+    assert not any(prompt.text in text for prompts in SUITES.values() for prompt in prompts), "no prompt in a record"
+    assert study.run(cells[0]) == json.loads(text)
+    assert len(stages) == 3, "trained again"
 
 
-def test_kernel_similarity_is_measured_at_one_share(study: Study) -> None:
-    """Held-out pairs, at the ends of both stages; other shares train without the probe."""
-    study.base.probe = replace(study.base.probe, pairs=2, prompts=2, rank=2, groups=2, output_probes=2)
-    record = study.run(Cell(0, "dcr", 0.5))
-    assert set(record["probe"]) == {"refine", "align"}
-    assert record["probe"]["refine"]["last"]["step"] == 2
-    assert "align" not in study.run(Cell(0, "dcr", 0.25))["probe"]
-    found = document.kernel([record])
-    assert found.count("cross") == 2, "one line a stage"
+def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
+    """A record with so many of three prompts refused."""
+
+    def verdicts(refused: int) -> dict:
+        return {"labels": "F" * refused + "C" * (3 - refused), "refusal_percent": [90] * refused + [5] * (3 - refused)}
+
+    return {
+        "cell": {"method": method, "share": share, "seed": 0},
+        "suites": {"harmless": verdicts(harmless), "harmful": verdicts(toxic), "plain": verdicts(0)},
+        "seconds": {"align": 60.0, "judge": 30.0, "cell": 90.0},
+        "probe": {},
+        "perplexity": {"estimate": 7.0},
+        "threads": 1,
+        "device": "CPU (1 threads)",
+        "versions": {"torch": "2"},
+    }
 
 
-def test_the_page_is_written_from_records(study: Study, tmp_path: Path) -> None:
-    for method in ("stl", "dcr"):
-        for share in (0.25, 0.5):
-            study.run(Cell(0, method, share))
-    command._write_suites(study)
+def test_the_page_is_written_from_records(tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    data = StudyData({}, [], [], SUITES, published=False)
+    command._write_suites(Study(Config(), data, records, tmp_path))
+    for cell in (
+        made_up("stl", 0.1, 1, 1),
+        made_up("stl", 0.5, 3, 3),
+        made_up("dcr", 0.1, 1, 0),
+        made_up("dcr", 0.5, 3, 1),
+    ):
+        name = Cell(**cell["cell"]).name
+        (records / f"{name}.json").write_text(json.dumps(cell))
     page = tmp_path / "study.md"
     names = ("comparison", "points", "suites", "cost", "failures", "kernel", "setting")
     page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nold\n<!-- /study:{n} -->\n" for n in names))
-    table = document.write(study.records, page)
+    table = document.write(records, page)
     text = page.read_text(encoding="utf-8")
     assert "old" not in text and "# Words" in text
     assert table in text
+    # Between one refusal in three and all, STL's line has the mean 2/3 and DCR's 1/6.
+    assert "| DCR | 1 | 0.25 [" in table and "0.33 … 1.00" in table
     assert (tmp_path / "pictures" / "study_trade_off.png").read_bytes().startswith(b"\x89PNG")
     assert text == document.filled(text, {}), "blocks stay where they are"
 
     page.write_text("nothing to fill")
     with pytest.raises(UserError, match="has no block"):
-        document.write(study.records, page)
+        document.write(records, page)
 
 
 def test_records_of_other_prompts_are_not_mixed(study: Study) -> None:
