@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dcr_scale.study.methods import METHODS
 
 # From models that refuse a few toxic prompts to models that refuse nearly all.
-SHARES = (0.1, 0.25, 0.5)
+SHARES = (0.15, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 # All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
 _REPEATED = ("stl", "dcr")
