@@ -16,8 +16,8 @@ from dcr_scale.evaluation.suites import SuitePrompt, load_suite
 
 Sources = list[dict[str, Any]]
 
-# General instructions that stand on the safe side of stage 1.
-_GENERAL_IN_CONTRAST = 400
+# Prompts a class from each source of stage 1: one that has far more than the others would drown them.
+_A_SOURCE = 200
 # One split for all seeds: the built-in prompts held out here are the suites where nothing else is at hand.
 _SPLIT_SEED = 0
 
@@ -57,10 +57,12 @@ def research_data(folder: Path, prompts: int) -> StudyData:
     xstest = {"path": path("xstest_prompts.csv"), "labels": {"safe": "seemingly_toxic", "unsafe": "toxic"}}
     toxic = {"path": path("stl_toxic_stage1.jsonl")}
     general = {"path": path("alpaca.jsonl")}
-    safe = {**general, "label": "seemingly_toxic", "limit": _GENERAL_IN_CONTRAST}
+    pairs = {"path": "builtin", "limit": 2 * _A_SOURCE}
+    some_toxic = {**toxic, "limit": _A_SOURCE}
+    safe = {**general, "label": "seemingly_toxic", "limit": _A_SOURCE}
     contrast: dict[str, Sources] = {
-        "mixed": [{"path": "builtin"}, xstest, toxic, safe],
-        "without_general": [{"path": "builtin"}, xstest, toxic],
+        "mixed": [pairs, xstest, some_toxic, safe],
+        "without_general": [pairs, xstest, some_toxic],
         "matched": [{"path": "builtin"}],
         "paper": [{**xstest, "labels": {"safe": "seemingly_toxic", "unsafe": None}}, toxic],
     }
@@ -87,7 +89,7 @@ def builtin_data(work: Path, prompts: int) -> StudyData:
     train = _write(work / "contrast.jsonl", [_row(prompt) for prompt in contrast.train])
     taught = _write(work / "general.jsonl", [_instruction(one) for one in general.train])
     refused = _write(work / "refusals.jsonl", [_instruction(one) for one in refusals.train])
-    safe = {"path": taught, "label": "seemingly_toxic", "limit": _GENERAL_IN_CONTRAST}
+    safe = {"path": taught, "label": "seemingly_toxic", "limit": _A_SOURCE}
     recipes: dict[str, Sources] = {
         "mixed": [{"path": train}, safe],
         "without_general": [{"path": train}],
