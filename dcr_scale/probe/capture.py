@@ -1,7 +1,7 @@
 """Every unit's gradient, one prompt at a time, from one forward and one input-only backward pass.
 
-Nothing requires a gradient but the embedding's output, so no weight's gradient is ever formed. What a prompt's
-gradient is made of goes to a :class:`Sink` as it comes by: a linear's input and its output's gradient (their sum of
+No weight requires a gradient, so none is ever formed; the graph begins at the embedding's output, or at the lowest
+counted weight's where it may. What a prompt's gradient is made of goes to a :class:`Sink` as it comes by: a linear's input and its output's gradient (their sum of
 outer products over the prompt's tokens is the gradient), the tokens an embedding looked up, an element-wise module's
 summed gradient. Under ZeRO-3 nothing is gathered that the passes do not gather themselves.
 
@@ -108,7 +108,8 @@ class Capture:
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
         self._hidden = None
         self._backward = True
-        hidden_BD.backward(cotangents_BD.to(hidden_BD.dtype))
+        if hidden_BD.requires_grad:  # else no counted weight stands below it
+            hidden_BD.backward(cotangents_BD.to(hidden_BD.dtype))
         self._backward = False
         self._waiting.clear()
         self.failure = self.failure or self._what_failed()
@@ -144,6 +145,7 @@ class Capture:
         x_TD = x.detach().reshape(rows, -1)
         kept = self._sink.enter(unit, x_TD, None)
         self._note(unit, kept if unit.weight else x_TD)
+        self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
             self._sink.product(unit, kept, delta.reshape(rows, -1), None, layout)
@@ -153,6 +155,7 @@ class Capture:
     def _routed(self, unit: Unit, x_MD: Tensor, output_MD: Tensor, routing: Routing) -> None:
         kept, layout = self._sink.enter(unit, x_MD.detach(), routing), self._layout
         self._note(unit, kept if unit.weight else x_MD.detach())
+        self._begin_at(output_MD)
 
         def receive(delta_MD: Tensor) -> None:
             self._sink.product(unit, kept, delta_MD, routing, layout)
@@ -164,6 +167,7 @@ class Capture:
             return
         # Kept from the forward pass, the input would undo what recomputation saves.
         kept = None if id(module) in self._recomputed else x.detach()
+        self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
             if kept is None:
@@ -275,10 +279,25 @@ class Capture:
                     # Not after: recomputation stops as soon as it has what it needs, in the midst of a module.
                     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
 
+    @cached_property
+    def _begins_at_embedding(self) -> bool:
+        """ZeRO-3 lets go of a module's weights when the gradient reaches its input, and a recomputed layer must save
+        what it saved before: both need a graph through all layers."""
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        return partitioned or bool(self._recomputed)
+
+    @staticmethod
+    def _begin_at(output: Tensor) -> None:
+        """The graph begins here where nothing below requires a gradient."""
+        if not output.requires_grad:
+            output.requires_grad_()
+
     def _embedded(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """The graph begins at the embedding's output; its gradient is the embedding's."""
-        leaf = output.detach().requires_grad_()
+        """What the layers read. Its gradient is the embedding's, where that is counted."""
         unit = self._lookups.get(id(module))
+        if unit is None and not self._begins_at_embedding:
+            return output
+        leaf = output.detach().requires_grad_()
         if unit is not None:
             ids_T, layout, scale = args[0].reshape(-1), self._layout, self._scales[id(module)]
             self._seen.add(unit.name)

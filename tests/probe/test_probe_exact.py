@@ -48,6 +48,23 @@ def test_a_pattern_counts_what_it_finds(pattern):
     assert_exact(model, counted, parameters=pattern)
 
 
+def test_the_backward_pass_ends_at_the_lowest_counted_weight():
+    """Below it nothing is kept for a backward pass; where layers are recomputed, all of them take part."""
+    model = toy_model("llama")
+    reached: dict[int, bool] = {}
+
+    def note(number):
+        return lambda module, args, output: reached.__setitem__(number, output.requires_grad)
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(note(number))
+    KernelProbe(model, parameters=r"layers\.(1|2)\.").measure(PROMPTS_A)
+    assert reached == {0: False, 1: True, 2: True, 3: True}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    KernelProbe(model, parameters=r"layers\.(1|2)\.").measure(PROMPTS_A)
+    assert all(reached.values())
+
+
 def test_trainable_counts_adapters_alone():
     model = toy_model("qwen3", dtype=torch.float64)
     model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)).eval()
