@@ -1,9 +1,10 @@
 """Every unit's gradient, one prompt at a time, from one forward and one input-only backward pass.
 
 No weight requires a gradient, so none is ever formed; the graph begins at the embedding's output, or at the lowest
-counted weight's where it may. What a prompt's gradient is made of goes to a :class:`Sink` as it comes by: a linear's input and its output's gradient (their sum of
-outer products over the prompt's tokens is the gradient), the tokens an embedding looked up, an element-wise module's
-summed gradient. Under ZeRO-3 nothing is gathered that the passes do not gather themselves.
+counted weight's where it may. What a prompt's gradient is made of goes to a :class:`Sink` as it comes by: a linear's
+input and its output's gradient (their sum of outer products over the prompt's tokens is the gradient), the tokens an
+embedding looked up, an element-wise module's summed gradient. Under ZeRO-3 nothing is gathered that the passes do not
+gather themselves.
 
 Shape suffixes: B rows of the micro-batch (a prompt under one output probe each), T tokens, M rows of a matrix product
 (tokens, or the (token, slot) pairs of routed experts), D model width.
