@@ -15,14 +15,14 @@ from dcr_scale.probe.philox import derive_key, signs
 class Projections:
     """The signs of every unit's two projections: ``rank`` numbers a group, ``groups`` independent groups.
 
-    ``cache_bytes``: matrices are kept, in the dtype they are used in, until they take so much; beyond it they are drawn
-    again at each use. At 70 billion parameters, rank 32 and 4 groups all of them are 1.4 billion entries.
+    ``cache_bytes``: matrices are kept, one byte an entry, until they take so much; beyond it they are drawn again at
+    each use. At 70 billion parameters, rank 32 and 4 groups all of them are 1.4 billion entries.
     """
 
     def __init__(self, seed: int, rank: int, groups: int, *, cache_bytes: int = 256 * 2**20):
         self.seed, self.rank, self.groups = seed, rank, groups
         self._free = cache_bytes
-        self._kept: dict[tuple[str, str, int, int, torch.device, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[str, str, int, int, torch.device], Tensor] = {}
 
     @property
     def width(self) -> int:
@@ -38,11 +38,11 @@ class Projections:
 
         Not scaled: an inner product of two sketches is ``rank²`` times an unbiased estimate.
         """
-        key = (name, role, start, stop, like.device, like.dtype)
+        key = (name, role, start, stop, like.device)
         kept = self._kept.get(key)
         if kept is None:
-            kept = self.columns(name, role, torch.arange(start, stop, device=like.device)).to(like.dtype)
-            if kept.nbytes <= self._free:
-                self._free -= kept.nbytes
+            kept = self.columns(name, role, torch.arange(start, stop, device=like.device))
+            if kept.numel() <= self._free:
+                self._free -= kept.numel()
                 self._kept[key] = kept
-        return kept
+        return kept.to(like.dtype)
