@@ -157,7 +157,7 @@ def test_two_ranks_take_a_tied_bf16_llama_in_shards_through_both_stages(tmp_path
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before, "the source was touched"
     # On the console: one line a step from one rank, and the table.
     assert len(re.findall(r"^refine +\d/4 ", done.stderr, re.MULTILINE)) == 4
-    assert re.search(r"^held out +before +refined +aligned$", done.stderr, re.MULTILINE)
+    assert re.search(r"^held out, rates with 95 % intervals +before +refined +aligned$", done.stderr, re.MULTILINE)
 
 
 def test_an_untied_qwen3_goes_through_both_stages(
