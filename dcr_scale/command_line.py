@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from dcr_scale.errors import UserError
@@ -28,6 +30,18 @@ def exit_code(work: Callable[[], None]) -> int:
             time.sleep(2)
         return 2
     return 0
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """What the disk refuses inside, where ``--out`` says ``folder``, becomes a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space there, make it "
+            "writable, or give another folder by --out"
+        ) from None
 
 
 def leave(code: int) -> NoReturn:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcr_scale.command_line import written
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import judge
 from dcr_scale.evaluation.openings import refuses
@@ -152,18 +153,6 @@ class CompletionStore:
 
     def _parts(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{glob.escape(name)}.jsonl.part-*"))
-
-
-@contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """What the disk refuses inside becomes a UserError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space there, make it "
-            "writable, or give another folder by --out"
-        ) from None
 
 
 def _suite_of(prompt: SuitePrompt) -> str:

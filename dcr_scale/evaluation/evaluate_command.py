@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
 from dcr_scale import world as world_module
+from dcr_scale.command_line import written
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import tasks
-from dcr_scale.evaluation.completions import CompletionStore, written
+from dcr_scale.evaluation.completions import CompletionStore
 from dcr_scale.evaluation.contamination import overlap
 from dcr_scale.evaluation.evaluate_prompts import held_out, read_suites
 from dcr_scale.evaluation.evaluate_settings import EvaluateConfig

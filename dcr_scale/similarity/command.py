@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
+from dcr_scale.command_line import written
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
 from dcr_scale.models import attention
@@ -54,7 +53,7 @@ def measure(config: SimilarityConfig, world: World) -> dict[str, Any]:
     with world.agreed():
         classes = read_classes(config)
         if world.first:
-            with _written(config.folder):
+            with written(config.folder):
                 config.folder.mkdir(parents=True, exist_ok=True)
     source = find_source(config.model, world)
     # The probe's refusals hold on all ranks alike, and their text is for whoever gave the settings.
@@ -212,7 +211,7 @@ def _write(
     model = f"{Path(summary['model']).name}, {summary['precision']}"
     masks = group_masks(classes)
     values = {name: similarity.normalized[masks[name]] for name in found.groups}
-    with _written(folder):
+    with written(folder):
         (folder / "similarity.safetensors").write_bytes(_tensors(similarity, classes))
         text = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / "summary.json").write_text(text, encoding="utf-8")
@@ -234,14 +233,3 @@ def _tensors(similarity: KernelSimilarity, classes: Classes) -> bytes:
         "prompts": json.dumps(prompts, ensure_ascii=False),
     }
     return safetensors.torch.save({name: getattr(similarity, name).contiguous() for name in names}, metadata)
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space there, make it "
-            "writable, or give another folder by --out"
-        ) from None
