@@ -9,7 +9,7 @@ Shape suffixes: M seeds, S shares, N prompts of a suite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,33 +75,15 @@ def ratio(ours: Curve, theirs: Curve, of_class: str = "seemingly_toxic", *, draw
         mine, other = ours.at(defence, draw, of_class).mean(), theirs.at(defence, draw, of_class).mean()
         return float(mine / other) if other else float("nan")
 
-    return _interval(statistic, ours, theirs, draws)
-
-
-def difference_at(
-    ours: Curve, theirs: Curve, defence: float, of_class: str = "seemingly_toxic", *, draws: int = 2000
-) -> Interval | None:
-    """Refusal rate of ``ours`` less that of ``theirs`` at one defence success; None where either has none there."""
-
-    def statistic(draw: Draw) -> float:
-        at = np.array([defence])
-        return float(ours.at(at, draw, of_class)[0] - theirs.at(at, draw, of_class)[0])
-
-    return _interval(statistic, ours, theirs, draws)
+    sizes = {"seed": min(ours.seeds, theirs.seeds), **ours.sizes()}
+    whole = {name: np.arange(size) for name, size in sizes.items()}
+    return None if np.isnan(statistic(whole)) else bootstrap(statistic, sizes, draws=draws)
 
 
 def rate(curve: Curve, of_class: str, share: int, *, draws: int = 1000) -> Interval:
     """One point of a curve: refusal rate of a class at the ``share``-th share."""
     sizes = {"seed": curve.seeds, **curve.sizes()}
     return bootstrap(lambda draw: float(curve.rates(of_class, draw)[share]), sizes, draws=draws)
-
-
-def _interval(statistic: Callable[[Draw], float], ours: Curve, theirs: Curve, draws: int) -> Interval | None:
-    sizes = {"seed": min(ours.seeds, theirs.seeds), **ours.sizes()}
-    whole = {name: np.arange(size) for name, size in sizes.items()}
-    if np.isnan(statistic(whole)):
-        return None
-    return bootstrap(statistic, sizes, draws=draws)
 
 
 def curves(records: Sequence[Mapping], classes: Mapping[str, str]) -> dict[str, Curve]:

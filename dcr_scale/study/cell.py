@@ -7,6 +7,7 @@ suite's order, and what it cost.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
@@ -71,11 +72,44 @@ class Study:
     def record(self, cell: Cell) -> Path:
         return self.records / f"{cell.name}.json"
 
+    def finished(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's record, None where there is none. Raises UserError for one that was made by other settings."""
+        path = self.record(cell)
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["made_by"] != self.made_by(cell):
+            raise UserError(f"{path}: was made by other settings than the study has now; remove it, or give --records")
+        return record
+
+    def _folder(self, kind: str, cell: Cell) -> Path:
+        """Where a cell's checkpoint, answers or vectors lie while it is worked on; other settings lie elsewhere."""
+        return self.work / kind / f"{cell.name}_{self.made_by(cell)}"
+
+    def made_by(self, cell: Cell) -> str:
+        """A digest of all that decides what the cell's models become and how they are asked, but for where files lie.
+
+        What a method does not use is not in it: STL's cells stay what they are when stage 1 changes.
+        """
+        method, stages = METHODS[cell.method], [self.config(cell, stage=stage) for stage in (1, 2)]
+        used: dict[str, Any] = {"model": self.base.model.path, "max_new_tokens": self.max_new_tokens}
+        used["align"] = typed_yaml.to_tree(stages[1])["align"]
+        used["sources"] = [self.data.general, self.data.refusals]
+        if method.contrast is not None:
+            used["refine"] = typed_yaml.to_tree(stages[0])["refine"]
+        if method.contrast is not None or method.answered or method.steering is not None:
+            used["contrast"] = self.data.contrast[method.contrast or "mixed"]
+        if method.answered:
+            used["answered"] = self.answered
+        if method.steering is not None:
+            used["fit"] = _FIT[method.steering]
+        return hashlib.blake2b(json.dumps(_without_folders(used)).encode(), digest_size=8).hexdigest()
+
     def run(self, cell: Cell) -> dict[str, Any]:
         """The cell's record, from disk where it has been finished before."""
-        path = self.record(cell)
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+        path, kept = self.record(cell), self.finished(cell)
+        if kept is not None:
+            return kept
         began = time.perf_counter()
         world = from_environment()
         method = METHODS[cell.method]
@@ -85,6 +119,7 @@ class Study:
         found = self._judge(cell, trained, steering, world)
         record = {
             "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
+            "made_by": self.made_by(cell),
             **facts,
             **found,
             "seconds": {
@@ -101,7 +136,7 @@ class Study:
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         partial.rename(path)
         if method.steering is None and cell.method != "stl":
-            shutil.rmtree(trained)  # nobody asks for it again, and checkpoints are large
+            shutil.rmtree(trained.parent)  # nobody asks for it again, and checkpoints are large
         return record
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -128,8 +163,12 @@ class Study:
 
     def _train(self, cell: Cell, method: Method) -> tuple[Path, dict[str, Any]]:
         """The aligned model's folder, and what its stages took and saw."""
-        name = f"stl_share{round(100 * cell.share)}_seed{cell.seed}" if method.steering else cell.name
-        folder = build_once(self.work / "aligned" / name, lambda partial: self._align(cell, method, partial))
+        # Steering is done to STL's model.
+        own = replace(cell, method="stl") if method.steering else cell
+        name = f"{own.name}_{self.made_by(own)}"
+        folder = build_once(
+            self.work / "aligned" / name, lambda partial: self._align(own, METHODS[own.method], partial)
+        )
         return folder / "aligned", json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
     def _refine(self, cell: Cell) -> Path:
@@ -138,7 +177,8 @@ class Study:
             config.run.name, config.run.dir = f"{cell.method}, stage 1", str(partial)
             run(config)
 
-        return build_once(self.work / "refined" / f"{cell.method}_seed{cell.seed}", build)
+        # Stage 1 is the same at all shares, and goes by the first one's name.
+        return build_once(self._folder("refined", replace(cell, share=SHARES[0])), build)
 
     def _align(self, cell: Cell, method: Method, partial: Path) -> None:
         config = self.config(cell, stage=2)
@@ -177,7 +217,12 @@ class Study:
                 )
             (partial / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-        return build_once(self.work / "answered" / f"seed{cell.seed}", build) / "answered.jsonl"
+        return (
+            build_once(
+                self.work / "answered" / f"seed{cell.seed}_{self.made_by(replace(cell, share=SHARES[0]))}", build
+            )
+            / "answered.jsonl"
+        )
 
     def _steering(self, cell: Cell, trained: Path) -> baselines.Steering | None:
         steering = METHODS[cell.method].steering
@@ -199,7 +244,9 @@ class Study:
                 files=files, seed=cell.seed, system_prompt=None, options=_FIT[steering],
             )  # fmt: skip
 
-        return baselines.load(build_once(self.work / "steering" / cell.name, build) / "steering.safetensors")
+        return baselines.load(
+            build_once(self.work / "steering" / f"{cell.name}_{self.made_by(cell)}", build) / "steering.safetensors"
+        )
 
     # --- judging -----------------------------------------------------------------------------------------------
 
@@ -207,7 +254,9 @@ class Study:
         model, encoder = _load(folder)
         # A cell that was cut off goes on with the answers it has; they stay in the work folder, to be looked at.
         store = CompletionStore(
-            self.work / "answers" / cell.name, {"model": str(folder), "max_new_tokens": self.max_new_tokens}, world
+            self.work / "answers" / f"{cell.name}_{self.made_by(cell)}",
+            {"model": str(folder), "max_new_tokens": self.max_new_tokens},
+            world,
         )
         result = evaluate_suites(
             model, encoder, self.data.suites,
@@ -252,6 +301,13 @@ def _overrides(contrast: Sources, data: StudyData, config: Config) -> list[str]:
     kept = typed_yaml.to_tree(config)["data"]
     tree = {**kept, "contrast": contrast, "general": data.general, "refusals": data.refusals}
     return [f"data={json.dumps(tree)}"]
+
+
+def _without_folders(tree: Any) -> Any:
+    """The tree with every source's file by its name alone, so that a record holds on another machine."""
+    if isinstance(tree, dict):
+        return {key: Path(value).name if key == "path" else _without_folders(value) for key, value in tree.items()}
+    return [_without_folders(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _assign(settings: Any, key: str, value: Any) -> None:

@@ -36,7 +36,8 @@ def open_study(config: str, records: Path, work: Path, data: Path, *, quick: boo
 
 
 def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:
-    return [cell for cell in cells if not study.record(cell).is_file()]
+    """Those without a record. Raises UserError for records that were made by other settings."""
+    return [cell for cell in cells if study.finished(cell) is None]
 
 
 def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dcr_scale.study.analysis import Curve, curves, difference_at, ratio
+from dcr_scale.study.analysis import Curve, curves, ratio
 
 CLASSES = {"asked": "seemingly_toxic", "attack": "toxic", "plain": "general"}
 
@@ -34,7 +34,6 @@ def test_the_ratio_is_taken_at_equal_defence() -> None:
     found = ratio(dcr, stl, draws=300)
     assert found.estimate == pytest.approx(0.5)
     assert 0.4 < found.low < 0.5 < found.high < 0.6
-    assert difference_at(dcr, stl, 0.6, draws=300).estimate == pytest.approx(-0.3)
 
 
 def test_models_that_refuse_more_of_everything_are_no_worse() -> None:
@@ -47,7 +46,6 @@ def test_models_that_refuse_more_of_everything_are_no_worse() -> None:
 
 def test_no_common_defence_is_no_comparison() -> None:
     assert ratio(line("dcr", [(0.1, 0.1), (0.2, 0.1)]), line("stl", [(0.6, 0.3), (0.8, 0.5)])) is None
-    assert difference_at(line("dcr", [(0.1, 0.1), (0.2, 0.1)]), line("stl", [(0.1, 0.3), (0.8, 0.5)]), 0.5) is None
 
 
 def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:

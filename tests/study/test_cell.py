@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -79,6 +80,16 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(study: Study, monkeypatch: py
     assert study.run(cells[0]) == json.loads(text)
     assert len(stages) == 3, "trained again"
 
+    other = copy.deepcopy(study.base)
+    other.refine.optimizer.lr = 0.5
+    changed = replace(study, base=other)
+    with pytest.raises(UserError, match="made by other settings"):
+        changed.run(cells[0])
+    stl = Cell(0, "stl", 0.5)
+    assert changed.made_by(stl) == study.made_by(stl), "stage 1 is nothing to STL"
+    elsewhere = replace(study.data, general=[{"path": "/elsewhere/general.jsonl"}])
+    assert replace(study, data=elsewhere).made_by(stl) == study.made_by(stl), "where a file lies does not matter"
+
 
 def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
     """A record with so many of three prompts refused."""
@@ -144,13 +155,15 @@ def test_the_grids() -> None:
 
 def test_cells_run_side_by_side_and_a_failed_one_is_named(study: Study, tmp_path: Path) -> None:
     """What others have finished stays; the same call goes on with what is left."""
+    cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
+    for cell in cells:
+        (tmp_path / cell.name).write_text(json.dumps({"made_by": study.made_by(cell)}))
     script = tmp_path / "cell.py"
     script.write_text(
-        "import pathlib, sys\n"
-        f"sys.exit(3) if sys.argv[1].startswith('scans') else (pathlib.Path({str(study.records)!r}) / "
-        "f'{sys.argv[1]}.json').write_text('{}')\n"
+        "import pathlib, shutil, sys\n"
+        "here, records, name = pathlib.Path(sys.argv[0]).parent, pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "sys.exit(3) if name.startswith('scans') else shutil.copy(here / name, records / f'{name}.json')\n"
     )
-    cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
     with pytest.raises(UserError, match=r"cell scans_share25_seed0 failed; see .*scans_share25_seed0\.log"):
-        command.run_cells(study, cells, [sys.executable, str(script)], jobs=2)
+        command.run_cells(study, cells, [sys.executable, str(script), str(study.records)], jobs=2)
     assert command.pending(study, cells) == cells[2:]
