@@ -7,46 +7,23 @@ says what). The same command again goes on where an interrupted one stopped.
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import fields
-from typing import get_type_hints
 
 from dcr_scale import typed_yaml
 from dcr_scale.command_line import exit_code, first_rank, leave
-from dcr_scale.config import EngineConfig, ModelConfig, Source
 from dcr_scale.evaluation.evaluate_settings import EvaluateConfig, load_settings
+from dcr_scale.setting_flags import add_flags, as_overrides
 
 
 def parse_arguments() -> tuple[list[str], bool]:
     """All settings as ``key=value``, and whether to evaluate nothing. Every setting but ``zero`` has its own flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    hints, defaults, keys = get_type_hints(EvaluateConfig), EvaluateConfig(), {}
-    for field in fields(EvaluateConfig):
-        hint, default, flag = hints[field.name], getattr(defaults, field.name), f"--{field.name.replace('_', '-')}"
-        if hint is EngineConfig:
-            continue
-        if hint == list[str]:
-            parser.add_argument(flag, dest=field.name, action="append", metavar="VALUE", help=field.metadata["doc"])
-            continue
-        branch = hint in (ModelConfig, Source)
-        shown = "none" if default is None else default.path if branch else default
-        described = f"{field.metadata['doc']} (default: {shown})".replace("%", "%%")
-        parser.add_argument(flag, dest=field.name, metavar="VALUE", help=described)
-        keys[field.name] = f"{field.name}.path" if branch else field.name
+    add_flags(parser, EvaluateConfig, aliases=lambda name, hint: [])
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what would be asked")
     # The deepspeed launcher puts it in front; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as zero.precision=fp32")
     given = parser.parse_intermixed_args()
-    overrides = []
-    for name in hints:
-        value = getattr(given, name, None)
-        if value is not None:
-            # Paths and names are text, whatever YAML would read in them.
-            text = hints[name] not in (int, int | None)
-            value = json.dumps(value, ensure_ascii=False) if text else value
-            overrides.append(f"{keys.get(name, name)}={value}")
-    return overrides + given.overrides, given.dry_run
+    return as_overrides(given, EvaluateConfig) + given.overrides, given.dry_run
 
 
 def evaluate() -> None:

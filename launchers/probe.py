@@ -6,35 +6,19 @@ Runs under deepspeed, torchrun or srun, or alone. Exit codes: 0 done, 2 somethin
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import fields
-from typing import get_type_hints
 
 from dcr_scale import typed_yaml
 from dcr_scale.command_line import exit_code, first_rank, leave
-from dcr_scale.config import EngineConfig, ModelConfig, Source
+from dcr_scale.config import Source
+from dcr_scale.setting_flags import add_flags, as_overrides
 from dcr_scale.similarity.settings import SimilarityConfig, load_settings
 
 
 def parse_arguments() -> tuple[list[str], argparse.Namespace]:
     """All settings as ``key=value``, and the flags beside them. Every setting of one value has its own flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    hints, defaults, keys = get_type_hints(SimilarityConfig), SimilarityConfig(), {}
-    for field in fields(SimilarityConfig):
-        hint, default, flag = hints[field.name], getattr(defaults, field.name), f"--{field.name.replace('_', '-')}"
-        if hint is EngineConfig:
-            continue
-        if hint is bool:
-            parser.add_argument(flag, action="store_const", const="true", help=field.metadata["doc"])
-        else:
-            branch = hint in (ModelConfig, Source)
-            # To deepspeed's own parser --b can be an ambiguous abbreviation, wherever it stands.
-            flags = [flag, f"--prompts-{field.name}"] if hint is Source else [flag]
-            shown = "none" if default is None else default.path if branch else default
-            parser.add_argument(
-                *flags, dest=field.name, metavar="VALUE", help=f"{field.metadata['doc']} (default: {shown})"
-            )
-            keys[field.name] = f"{field.name}.path" if branch else field.name
+    # To deepspeed's own parser --b can be an ambiguous abbreviation, wherever it stands.
+    add_flags(parser, SimilarityConfig, aliases=lambda name, hint: [f"--prompts-{name}"] if hint is Source else [])
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what would be measured")
     parser.add_argument(
         "--plan", type=positive, metavar="RANKS",
@@ -44,15 +28,7 @@ def parse_arguments() -> tuple[list[str], argparse.Namespace]:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as a.columns.prompt=question")
     given = parser.parse_intermixed_args()
-    overrides = []
-    for name in hints:
-        value = getattr(given, name, None)
-        if value is not None:
-            # Paths and patterns are text, whatever YAML would read in them.
-            text = hints[name] not in (int, bool, int | None)
-            value = json.dumps(value, ensure_ascii=False) if text else value
-            overrides.append(f"{keys.get(name, name)}={value}")
-    return overrides + given.overrides, given
+    return as_overrides(given, SimilarityConfig) + given.overrides, given
 
 
 def positive(text: str) -> int:
