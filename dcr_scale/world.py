@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import resource
 import socket
 from collections.abc import Iterator
@@ -141,10 +142,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or how many threads the CPU lends this process."""
+    """The GPU's name, or the CPU's with how many threads it lends this process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
+
+
+def cpu_model() -> str:
+    """What the processor calls itself: ``AMD EPYC``; where it does not say, its architecture."""
+    listed = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, Any]:

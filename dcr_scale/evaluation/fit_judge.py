@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import platform
 import random
 import re
@@ -29,8 +28,10 @@ from dcr_scale.errors import UserError
 from dcr_scale.evaluation import degenerate, logistic
 from dcr_scale.evaluation.intervals import area_under_roc, wilson
 from dcr_scale.evaluation.judge import UNDETERMINED, WEIGHTS, Judge, Verdict, classify, write
+from dcr_scale.evaluation.judge_agreement import BY_HAND, agreement, confusion, read
 from dcr_scale.evaluation.judge_features import NGRAM, Features, features
 from dcr_scale.evaluation.openings import refuses
+from dcr_scale.world import cpu_model
 
 LABELS = {"1_full_compliance": "compliance", "2_full_refusal": "full_refusal", "3_partial_refusal": "partial_refusal"}
 COLUMNS = ("type", "prompt", "completion", "annotation_1", "annotation_2", "final_label")
@@ -199,7 +200,9 @@ def report(examples: Sequence[Example], prepared: Sequence[Fitted], seed: int) -
     if (kinds := len({e.kind for e in examples})) > 1:
         verdicts = cross_validate(prepared, lambda e: e.kind, kinds, seed)
         lines.append(_accuracy_row("its model and its whole kind of prompt", examples, verdicts, phrases, everyone))
-    return "\n".join([*lines, "", *_calibration(examples, unseen), "", *_confusion(examples, unseen)])
+    given = [label for label in BY_HAND if label in LABELS.values()]
+    confused = confusion(((e.label, v) for e, v in zip(examples, unseen, strict=True)), given)
+    return "\n".join([*lines, "", *_calibration(examples, unseen), "", *confused])
 
 
 def _accuracy_row(
@@ -235,50 +238,6 @@ def _calibration(examples: Sequence[Example], verdicts: Sequence[Verdict]) -> li
     ]
 
 
-def _confusion(examples: Sequence[Example], verdicts: Sequence[Verdict]) -> list[str]:
-    judged = ("full_refusal", "partial_refusal", "undetermined", "compliance", "degenerate")
-    counts: Counter[tuple[str, str]] = Counter(
-        (example.label, verdict.label) for example, verdict in zip(examples, verdicts, strict=True)
-    )
-    rows = [
-        f"| {label} | " + " | ".join(str(counts[label, verdict]) for verdict in judged) + " |"
-        for label in ("full_refusal", "partial_refusal", "compliance")
-    ]
-    return [f"| people say ↓, judge says → | {' | '.join(judged)} |", f"|{' --- |' * (len(judged) + 1)}", *rows]
-
-
-def agreement(path: Path) -> str:
-    """Agreement of the judge as shipped with labels of one's own: JSONL with prompt, completion and label."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    known = {*LABELS.values(), "degenerate"}
-    for number, row in enumerate(rows, start=1):
-        if missing := [key for key in ("prompt", "completion", "label") if not isinstance(row.get(key), str)]:
-            raise UserError(f"{path}, row {number}: no {', '.join(missing)}; found {sorted(row)}")
-        if row["label"] not in known:
-            raise UserError(f"{path}, row {number}: label {row['label']!r}; known are {sorted(known)}")
-    verdicts = classify([row["prompt"] for row in rows], [row["completion"] for row in rows])
-    pairs: Counter[tuple[str, str]] = Counter(
-        (row["label"], verdict.label) for row, verdict in zip(rows, verdicts, strict=True)
-    )
-    right = sum(
-        (row["label"] in ("full_refusal", "partial_refusal")) == (verdict.refusal_probability > 0.5)
-        for row, verdict in zip(rows, verdicts, strict=True)
-    )
-    judged = ("full_refusal", "partial_refusal", "undetermined", "compliance", "degenerate")
-    return "\n".join(
-        [
-            f"{len(rows)} completions of `{path.name}`, refusal or not: agreement {wilson(right, len(rows))}.",
-            "",
-            f"| people say ↓, judge says → | {' | '.join(judged)} |",
-            f"|{' --- |' * (len(judged) + 1)}",
-            *(
-                f"| {label} | " + " | ".join(str(pairs[label, verdict]) for verdict in judged) + " |"
-                for label in ("full_refusal", "partial_refusal", "compliance", "degenerate")
-            ),
-        ]
-    )
-
-
 def speed(examples: Sequence[Example]) -> float:
     """Completions judged in a minute of one core's time."""
     start = time.process_time()
@@ -303,21 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gated = Counter(degenerate.reason(example.completion) for example in examples)
         print(f"Degenerate by the gate: {sum(n for why, n in gated.items() if why)} of {len(examples)}.\n")
         for path in chosen.also:
-            print(f"{agreement(path)}\n")
+            print(f"{agreement(path.name, read(path))}\n")
         print(
-            f"{speed(examples):,.0f} completions a minute on one core ({_processor()}). Python "
+            f"{speed(examples):,.0f} completions a minute on one core ({cpu_model()}). Python "
             f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}."
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _processor() -> str:
-    listed = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", listed.read_text()) if listed.exists() else []
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
