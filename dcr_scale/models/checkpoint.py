@@ -123,6 +123,11 @@ class Checkpoint:
                 )
         return cls(folder, tensors, files)
 
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """A single safetensors file by whatever name. Raises UserError where it is damaged or truncated."""
+        return cls(path.parent, _read_header(path.parent, path.name), (path.name,))
+
     def read(self, name: str, start: int = 0, count: int | None = None) -> torch.Tensor:
         """Elements [start, start + count) of the flattened tensor, as [count] in the file's dtype, on the
         CPU.
