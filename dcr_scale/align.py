@@ -30,7 +30,7 @@ from dcr_scale.models import attention
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
-from dcr_scale.models.weights import load_weights
+from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.runlog import RunLog
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, seed_everything
@@ -223,7 +223,7 @@ class Aligner:
                 dtype=dtype,
                 trust_remote_code=self.config.model.trust_remote_code,
             )
-        load_weights(model, stored.checkpoint, stored.tensor_map)
+        load_verified(model, stored.checkpoint, stored.tensor_map, self.world)
         if self.config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model

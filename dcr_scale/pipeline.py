@@ -279,7 +279,7 @@ class Run:
         card = model_card(self.config, name, self.source, self.facts, self.looks)
         export_checkpoint(
             folder, model.checkpoint, model.tensor_map, changed, deltas=deltas, extra_files={"README.md": card},
-            rank=self.world.rank, world_size=self.world.size, gather=engines.whole,
+            world=self.world, gather=engines.whole,
         )  # fmt: skip
         log.info("wrote %s", folder)
         return folder

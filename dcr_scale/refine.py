@@ -31,7 +31,7 @@ from dcr_scale.models import attention
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import Trunk, depth
-from dcr_scale.models.weights import load_weights
+from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.retention import Retention
 from dcr_scale.runlog import RunLog
 from dcr_scale.separation import Separation, pooled_activations, separation
@@ -303,7 +303,9 @@ class Refiner:
                 trust_remote_code=self.config.model.trust_remote_code,
             )
         self.prefix_of_names = trunk.name_prefix(model.tensor_map)
-        load_weights(trunk.decoder, model.checkpoint, model.tensor_map, prefix=self.prefix_of_names)
+        load_verified(
+            trunk.decoder, model.checkpoint, model.tensor_map, self.world, prefix=self.prefix_of_names
+        )
         if not trains_embeddings(self.settings, model.config):
             for parameter in trunk.embedding_parameters():
                 parameter.requires_grad_(False)

@@ -14,7 +14,8 @@ from dcr_scale.config import Config
 from dcr_scale.models import attention
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
-from dcr_scale.models.weights import load_weights, own_part
+from dcr_scale.models.verified_loading import load_verified
+from dcr_scale.models.weights import own_part
 from dcr_scale.world import World
 
 
@@ -50,7 +51,7 @@ class WholeModel:
                 self.model = build()
         else:
             self.model = build().to(world.device)
-        load_weights(self.model, stored.checkpoint, stored.tensor_map)
+        load_verified(self.model, stored.checkpoint, stored.tensor_map, world)
         self.model.requires_grad_(False)
         self.model.eval()
         if config.model.gradient_checkpointing:

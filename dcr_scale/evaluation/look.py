@@ -31,7 +31,7 @@ from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import Trunk, depth
-from dcr_scale.models.weights import load_weights
+from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.separation import Separation, pooled_activations, separation
 from dcr_scale.world import World
 
@@ -146,7 +146,7 @@ class Looker:
 
         trunk = placement.build(build)
         prefix = trunk.name_prefix(stored.tensor_map)
-        load_weights(trunk.decoder, stored.checkpoint, stored.tensor_map, prefix=prefix)
+        load_verified(trunk.decoder, stored.checkpoint, stored.tensor_map, self.world, prefix=prefix)
         run = placement.runnable(trunk)
         return pooled_activations(
             run,

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,12 @@ import torch
 
 from dcr_scale.config import ModelConfig
 from dcr_scale.errors import UserError
-from dcr_scale.models import pickled, smollm2
+from dcr_scale.models import disk, pickled, smollm2
+from dcr_scale.models.disk import CHUNK_BYTES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Bytes converted or copied at once: large enough for a disk's full rate, small beside any tensor worth
-# partitioning.
-CHUNK_BYTES = 32 * 2**20
 # The safetensors format's own limit for the JSON header.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -63,6 +61,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+# Is shown a tensor's name, the position of some of its bytes, and these.
+Seen = Callable[[str, int, memoryview], None]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Checkpoint:
         file, an index that names a missing shard or tensor, and a tensor that lies in two files.
         """
         folder = Path(folder)
+        disk.restore_replaced(folder)
         if not holds_safetensors(folder):
             folder = pickled.converted_folder(folder, allow_pickle=allow_pickle)
         indexed = _read_index(folder) if (folder / INDEX_FILE).is_file() else None
@@ -138,34 +141,49 @@ class Checkpoint:
         return out
 
     @torch.no_grad()
-    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+    def read_into(self, name: str, start: int, out: torch.Tensor, seen: Seen | None = None) -> None:
         """Fill ``out`` [n] (contiguous, any dtype and device) from element ``start`` of the flattened
         tensor.
 
         Bytes go straight into a CPU tensor of the file's dtype; otherwise they pass through one chunk of
-        32 MiB. Raises UserError when the file has become shorter than its header says.
+        32 MiB. ``seen`` is shown the file's bytes as they pass. Raises UserError when the file has become
+        shorter than its header says.
         """
         info = self.tensors[name]
         if start < 0 or start + out.numel() > info.numel:
             raise ValueError(f"{name}: elements [{start}, {start + out.numel()}) of {info.numel} asked for")
         itemsize = info.dtype.itemsize
-        offset = info.start + start * itemsize
+        direct = out.dtype == info.dtype and out.device.type == "cpu"
+        buffer = torch.empty(0 if direct else min(out.numel(), CHUNK_BYTES // itemsize), dtype=info.dtype)
         with _opened(self.folder / info.file) as descriptor:
-            if out.dtype == info.dtype and out.device.type == "cpu":
-                self._pread(descriptor, out, offset, info.file)
-                return
-            buffer = torch.empty(min(out.numel(), CHUNK_BYTES // itemsize), dtype=info.dtype)
-            for begin in range(0, out.numel(), max(1, buffer.numel())):
-                chunk = buffer[: out.numel() - begin]
-                self._pread(descriptor, chunk, offset + begin * itemsize, info.file)
-                out[begin : begin + chunk.numel()].copy_(chunk)
+            for begin, end in disk.blocks(start * itemsize, (start + out.numel()) * itemsize):
+                part = out[begin // itemsize - start : end // itemsize - start]
+                target = part if direct else buffer[: part.numel()]
+                data = disk.bytes_of(target)
+                self._pread(descriptor, data, info.start + begin, info.file)
+                if seen is not None:
+                    seen(name, begin, data)
+                if not direct:
+                    part.copy_(target)
 
-    def _pread(self, descriptor: int, out: torch.Tensor, offset: int, file: str) -> None:
+    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of a tensor's data. Raises UserError when the file ends before them."""
+        info = self.tensors[name]
+        data = memoryview(bytearray(stop - start))
+        with _opened(self.folder / info.file) as descriptor:
+            self._pread(descriptor, data, info.start + start, info.file)
+        return data
+
+    def data_start(self, file: str) -> int:
+        """How many bytes of a weight file come before its tensors."""
+        starts = [info.start for info in self.tensors.values() if info.file == file]
+        return min(starts, default=(self.folder / file).stat().st_size)
+
+    def _pread(self, descriptor: int, data: memoryview, offset: int, file: str) -> None:
         # One call reads at most 2 GiB, and may read less than it was asked for.
-        view = out.view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         done = 0
-        while done < len(view):
-            got = os.preadv(descriptor, [view[done:]], offset + done)
+        while done < len(data):
+            got = os.preadv(descriptor, [data[done:]], offset + done)
             if got == 0:
                 raise UserError(f"{self.folder / file}: the file ends at byte {offset + done}; download it again")
             done += got
@@ -248,6 +266,7 @@ def resolve(model: ModelConfig, *, weights: bool = True) -> Path:
     fetched, and pickled weights unless ``model.allow_pickle``.
     """
     folder = Path(model.path).expanduser()
+    disk.restore_replaced(folder)
     if folder.is_dir():
         folder = folder.absolute()
     elif model.path == smollm2.NAME:

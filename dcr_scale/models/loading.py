@@ -20,7 +20,7 @@ from dcr_scale.models.checkpoint import Checkpoint, resolve
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_model, build_skeleton
-from dcr_scale.models.weights import load_weights
+from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.world import World
 
 Partitioned = Literal["auto", "yes", "no"]
@@ -114,7 +114,7 @@ class Placement:
                 stored.config, attention=self.attention, dtype=self.dtype, trust_remote_code=model.trust_remote_code
             )
         )
-        load_weights(built, stored.checkpoint, stored.tensor_map)
+        load_verified(built, stored.checkpoint, stored.tensor_map, self.world)
         return built
 
     def runnable(self, module: nn.Module) -> nn.Module:

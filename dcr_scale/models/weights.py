@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dcr_scale.errors import UserError
-from dcr_scale.models.checkpoint import Checkpoint
+from dcr_scale.models.checkpoint import Checkpoint, Seen
 from dcr_scale.models.tensor_map import TensorMap
 
 
@@ -59,17 +59,25 @@ def _partition_rank(parameter: Any) -> int:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, checkpoint: Checkpoint, tensor_map: TensorMap, *, prefix: str = "") -> None:
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    tensor_map: TensorMap,
+    *,
+    prefix: str = "",
+    seen: Seen | None = None,
+) -> None:
     """Fill every parameter and persistent buffer of ``module``, which is ``prefix + name`` in the map's
     model.
 
     A trunk is filled with ``prefix="model."``. Values take the parameter's dtype and device. Partitioned
     parameters must not have been given to ``deepspeed.initialize`` yet: it copies its masters from them.
+    ``seen`` is shown the bytes of each tensor as they come from the file.
     """
     parameter: Any  # with DeepSpeed's attributes
     for name, parameter in module.named_parameters():
         part = own_part(parameter)
-        read_elements(checkpoint, tensor_map, prefix + name, part.start, part.values)
+        read_elements(checkpoint, tensor_map, prefix + name, part.start, part.values, seen)
         if is_partitioned(parameter):
             # Otherwise padding is whatever the memory held before, and may be NaN.
             parameter.ds_tensor.view(-1)[part.values.numel() :].zero_()
@@ -78,10 +86,17 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, tensor_map: TensorMa
     persistent = module.state_dict(keep_vars=True).keys()
     for name, buffer in module.named_buffers():
         if name in persistent and prefix + name in tensor_map:
-            read_elements(checkpoint, tensor_map, prefix + name, 0, buffer.view(-1))
+            read_elements(checkpoint, tensor_map, prefix + name, 0, buffer.view(-1), seen)
 
 
-def read_elements(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, start: int, out: torch.Tensor) -> None:
+def read_elements(
+    checkpoint: Checkpoint,
+    tensor_map: TensorMap,
+    name: str,
+    start: int,
+    out: torch.Tensor,
+    seen: Seen | None = None,
+) -> None:
     """Fill ``out`` [n] with elements [start, start + n) of the flattened parameter ``name`` of the map's
     model.
 
@@ -92,7 +107,8 @@ def read_elements(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, star
     if name in tensor_map.pieces:
         for piece in tensor_map.overlap(name, start, out.numel()):
             begin = piece.start - start
-            checkpoint.read_into(piece.source, piece.source_start, out[begin : begin + piece.count])
+            part = out[begin : begin + piece.count]
+            checkpoint.read_into(piece.source, piece.source_start, part, seen)
     elif out.numel():
         scattered = tensor_map.scattered[name]
         sources = torch.cat([checkpoint.read(source) for source in scattered.sources])

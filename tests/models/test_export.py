@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rank_pool import RankPool
-from toy_checkpoints import ARCHITECTURES, open_toy, partition, save_toy
+from toy_checkpoints import ARCHITECTURES, open_toy, partition, save_toy, world_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr_scale.errors import UserError
+from dcr_scale.models import disk
 from dcr_scale.models import export as export_module
 from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.models.export import export_checkpoint
@@ -55,8 +56,7 @@ def export_on_rank(source: str, destination: str, architecture: str, rank: int, 
             checkpoint,
             tensor_map,
             changed,
-            rank=rank,
-            world_size=world_size,
+            world=world_of(rank, world_size),
             extra_files={"README.md": "A refined model.\n"},
         )
     except UserError as error:
@@ -69,11 +69,11 @@ def export_on_ranks(source: str, destination: str, architecture: str, full_rank:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     writes = os.pwrite
     if rank == full_rank:
-        export_module.os = SimpleNamespace(**{**vars(os), "pwrite": full_disk})
+        disk.os = SimpleNamespace(**{**vars(os), "pwrite": full_disk})
     try:
         return export_on_rank(source, destination, architecture, rank, world_size)
     finally:
-        export_module.os = os
+        disk.os = os
         assert os.pwrite is writes
 
 
@@ -118,7 +118,7 @@ def test_bytes_are_the_same_whatever_the_world_size(tmp_path: Path, ranks: RankP
         destination = tmp_path / f"on_{world_size}"
         ranks.run(export_on_ranks, str(source), str(destination), architecture, world_size=world_size)
         outputs.append(contents(destination))
-    assert outputs[0].keys() == {path.name for path in source.iterdir()} | {"README.md"}
+    assert outputs[0].keys() == {path.name for path in source.iterdir()} | {"README.md", "manifest.json"}
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -139,7 +139,7 @@ def test_a_failed_export_leaves_the_previous_one_as_it_was(tmp_path: Path, monke
     (destination / "marker").touch()
     before = contents(destination)
     with monkeypatch.context() as patch:
-        patch.setattr(export_module.os, "pwrite", full_disk)
+        patch.setattr(disk.os, "pwrite", full_disk)
         assert "No space left" in str(export_on_rank(str(source), str(destination), "llama", 0, 1))
     assert contents(destination) == before
     assert export_on_rank(str(source), str(destination), "llama", 0, 1) is None
@@ -159,10 +159,12 @@ def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch:
     def refuse(*_: object) -> int:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    save_toy(tmp_path / "source", "llama")
+    # What an export left has a manifest, so that its unchanged tensors need not be read to be hashed.
+    save_toy(tmp_path / "original", "llama")
+    export_on_rank(str(tmp_path / "original"), str(tmp_path / "source"), "llama", 0, 1)
     export_on_rank(str(tmp_path / "source"), str(tmp_path / "kernel"), "llama", 0, 1)
-    monkeypatch.setattr(export_module.os, "copy_file_range", refuse)
-    monkeypatch.setattr(export_module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(disk.os, "copy_file_range", refuse)
+    monkeypatch.setattr(disk, "CHUNK_BYTES", 4096)
     export_on_rank(str(tmp_path / "source"), str(tmp_path / "fallback"), "llama", 0, 1)
     assert contents(tmp_path / "kernel") == contents(tmp_path / "fallback")
 
@@ -183,6 +185,7 @@ def test_other_weights_stay_behind_and_templates_come_along(tmp_path: Path) -> N
         "generation_config.json",
         "LICENSE",
         "README.md",
+        "manifest.json",
         "additional_chat_templates/tool_use.jinja",
     }
 
@@ -198,7 +201,7 @@ def test_a_tied_tensor_that_the_file_holds_twice_is_written_twice(tmp_path: Path
     checkpoint, tensor_map = open_toy(source)
     embedding = torch.nn.Parameter(torch.randn(101, 24))
     changed = {"model.embed_tokens.weight": embedding}
-    export_checkpoint(tmp_path / "out", checkpoint, tensor_map, changed, rank=0, world_size=1)
+    export_checkpoint(tmp_path / "out", checkpoint, tensor_map, changed, world=world_of())
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(exported["model.embed_tokens.weight"], embedding)
     assert torch.equal(exported["lm_head.weight"], embedding)
@@ -210,15 +213,6 @@ def test_the_source_is_never_replaced(tmp_path: Path) -> None:
     message = export_on_rank(str(tmp_path / "source"), str(tmp_path / "source"), "llama", 0, 1)
     assert "would replace the checkpoint it is made from" in str(message)
     assert contents(tmp_path / "source") == before
-
-
-def test_ranks_without_a_shared_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_toy(tmp_path / "source", "llama")
-    monkeypatch.setattr(export_module, "_VISIBLE_SECONDS", 0.0)
-    # Rank 0's folder is on another machine's disk: what it lays out is not there.
-    monkeypatch.setattr(export_module._Export, "lay_out", lambda self, token: None)
-    message = export_on_rank(str(tmp_path / "source"), str(tmp_path / "out"), "llama", 0, 1)
-    assert "set run.dir to a folder that all nodes share" in str(message)
 
 
 def lora_model(source: Path):
@@ -244,7 +238,7 @@ def export_lora(source: str, destination: str, block: int) -> None:
         partition(parameter, rank, world_size)
     checkpoint, tensor_map = open_toy(Path(source))
     export_checkpoint(
-        Path(destination), checkpoint, tensor_map, changed, deltas=deltas, rank=rank, world_size=world_size
+        Path(destination), checkpoint, tensor_map, changed, deltas=deltas, world=world_of(rank, world_size)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import open_toy, partition, save_toy
+from toy_checkpoints import open_toy, partition, save_toy, world_of
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Interleave, PermuteForRope, Split, Transpose, WeightConverter
 
@@ -140,7 +140,7 @@ def test_any_layout_transformers_can_convert_goes_in_and_out(
     everything = dict(saved.named_parameters())
     with torch.no_grad():
         everything["model.norm.weight"].add_(1)
-    export_checkpoint(destination, checkpoint, tensor_map, everything, rank=0, world_size=1)
+    export_checkpoint(destination, checkpoint, tensor_map, everything, world=world_of())
     rewrite(source, lambda tensors: tensors["model.norm.weight"].add_(1))
     exported, expected = (load_file(folder / "model.safetensors") for folder in (destination, source))
     assert exported.keys() == expected.keys()

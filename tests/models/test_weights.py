@@ -10,6 +10,7 @@ from toy_checkpoints import ARCHITECTURES, open_toy, partition, save_toy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dcr_scale.models import checkpoint as checkpoint_module
+from dcr_scale.models import disk
 from dcr_scale.models.weights import load_weights, own_part
 
 
@@ -43,7 +44,7 @@ def test_dtype_is_converted_as_torch_converts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     # Chunks smaller than the tensors, so that conversion crosses their borders.
-    monkeypatch.setattr(checkpoint_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(disk, "CHUNK_BYTES", 1000)
     saved = save_toy(tmp_path, "llama", dtype=torch.bfloat16)
     model = blank_model(tmp_path, dtype)
     load_weights(model, *open_toy(tmp_path))

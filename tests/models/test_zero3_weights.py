@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import RankPool
-from toy_checkpoints import open_toy, save_toy
+from toy_checkpoints import open_toy, save_toy, world_of
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -45,7 +45,7 @@ def load_and_export(source: str, destination: str, merged: str) -> dict[str, tor
     changed = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.0.")}
     for parameter in changed.values():
         own_part(parameter).values.mul_(2)
-    export_checkpoint(Path(destination), checkpoint, tensor_map, changed, rank=rank, world_size=world_size)
+    export_checkpoint(Path(destination), checkpoint, tensor_map, changed, world=world_of(rank, world_size))
 
     base = dict(model.named_parameters())
     torch.manual_seed(0)
@@ -59,8 +59,7 @@ def load_and_export(source: str, destination: str, merged: str) -> dict[str, tor
         tensor_map,
         changed,
         deltas=deltas,
-        rank=rank,
-        world_size=world_size,
+        world=world_of(rank, world_size),
     )
     return gathered
 

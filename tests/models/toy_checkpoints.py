@@ -18,6 +18,7 @@ from transformers import (
 
 from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.models.tensor_map import TensorMap, build_tensor_map
+from dcr_scale.world import World
 
 # Odd sizes, so that two or three ranks never divide a tensor evenly.
 _SHAPE = {
@@ -65,6 +66,11 @@ def skeleton(folder: Path) -> PreTrainedModel:
 def open_toy(folder: Path) -> tuple[Checkpoint, TensorMap]:
     checkpoint = Checkpoint.open(folder)
     return checkpoint, build_tensor_map(skeleton(folder), checkpoint)
+
+
+def world_of(rank: int = 0, world_size: int = 1) -> World:
+    """A rank on the CPU."""
+    return World(rank, world_size, rank, world_size, torch.device("cpu"))
 
 
 def partition(parameter: torch.nn.Parameter, rank: int, world_size: int) -> None:
