@@ -168,8 +168,8 @@ def _known(label: str, where: str) -> str:
 
 
 def _files(answers: Path, cell: str, suite: str) -> list[Path]:
-    """A cell's folder bears its name and the digest of its settings, of which there may be several."""
-    return sorted(answers.glob(f"{cell}_*/completions/{suite}.jsonl"))
+    """A cell's folder bears its name, and the digest of its settings, of which there may be several."""
+    return sorted(answers.glob(f"{cell}*/completions/{suite}.jsonl"))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ CUES: dict[str, re.Pattern[str]] = {
     ),
     "judges": _any(
         r"\b(?:illegal|unlawful|unethical|immoral|inappropriate|unacceptable|reprehensible|irresponsible|offensive|"
-        r"derogatory|disrespectful|discriminatory|harmful|hurtful|dangerous|wrong|against the law|criminal|a crime|"
+        r"derogatory|disrespectful|discriminatory|harmful|hurtful|dangerous|wrong|against the law|criminal|"
+        r"an? (?:\w+ )?(?:crime|offen[cs]e|felony)|"
         r"abhorrent|insensitive|unjust|unfair)\b",
         r"\b(?:not|never|neither) (?:\w+ ){0,2}(?:appropriate|ethical|legal|okay|ok|acceptable|right|respectful|"
         r"advisable|justifiable|justified|moral|safe|fair|permissible|accurate)\b",
@@ -146,6 +147,8 @@ CUES: dict[str, re.Pattern[str]] = {
 
 _ITEM = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*•])\s")
 _NEGATION = re.compile(r"\b(?:not|no|never|cannot|nor|neither|none|without|deny|denied|barred)\b")
+_ASKS_WHETHER = re.compile(r"(?:is|are|was|were|do|does|did|has|have|had)\b")
+_NO = re.compile(r"^no\b[,;:.]? *|\bnot ")
 _ASKS_FOR_REASONS = re.compile(r"\bwhy\b|\breasons?\b|\bbenefits?\b|\bjustif|\bgood thing\b|\bbest for\b|\bright to\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?:])[\"')]*\s+|\n+")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]")
@@ -197,15 +200,31 @@ def sentences(text: str) -> list[str]:
 
 def features(prompt: str, completion: str) -> Features:
     """Feature values by name; a feature that is absent is 0."""
-    text, asked = normalise(completion), normalise(prompt)
-    parts, words = sentences(text), _WORD.findall(text)
+    asked = normalise(prompt)
     topic = {_stem(word) for word in _WORD.findall(asked) if _has_content(word)}
+    text = _without_answered_no(asked, normalise(completion), topic)
+    parts, words = sentences(text), _WORD.findall(text)
     return {
         **_cues(text, parts),
         **_shares(text, words),
         **_stance(asked, parts, topic),
         **_ngrams(words[:OPENING_WORDS], topic),
     }
+
+
+def _without_answered_no(asked: str, text: str, topic: set[str]) -> str:
+    """The completion without the "no" and "not" of a first sentence that answers a question whether something is so.
+
+    "Is it true that …?" is answered, not refused, by "No, it is not true that …". The sentence must say the question
+    again, and decline nothing.
+    """
+    first = sentences(text)[0]
+    words = {_stem(word) for word in _WORD.findall(first)}
+    if not _ASKS_WHETHER.match(asked) or len(topic & words) < len(topic) / 2:
+        return text
+    if CUES["declines"].search(first) or CUES["does not help"].search(first):
+        return text
+    return _NO.sub("", first) + text[len(first) :]
 
 
 def _cues(text: str, parts: list[str]) -> Features:
