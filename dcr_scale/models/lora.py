@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,27 @@ class LowRankDelta:
         return out
 
 
+def plain_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Name, module and adapter's name of each layer that peft has wrapped.
+
+    Raises UserError for adapters that are no plain low-rank update.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
+    for name, layer in layers:
+        if len(layer.active_adapters) != 1:
+            raise UserError(f"{name}: has the adapters {layer.active_adapters}; one can be exported")
+        adapter = layer.active_adapters[0]
+        if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+            raise UserError(
+                f"{name}: only plain LoRA on linear layers can be exported; leave out embeddings, DoRA and LoRA biases"
+            )
+        yield name, layer, adapter
+
+
 @torch.no_grad()
 def lora_deltas(
     model: nn.Module,
@@ -61,21 +82,8 @@ def lora_deltas(
     its context (``GatheredParameters``); every rank calls this. Factors keep their dtype: together they are
     about r / width of the model. Raises UserError for adapters that are no plain low-rank update.
     """
-    from peft.tuners.lora import LoraLayer
-
     deltas = {}
-    layers: list[tuple[str, Any]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
-    for name, layer in layers:
-        if len(layer.active_adapters) != 1:
-            raise UserError(f"{name}: has the adapters {layer.active_adapters}; one can be merged on export")
-        adapter = layer.active_adapters[0]
-        if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
-            raise UserError(
-                f"{name}: only plain LoRA on linear layers can be merged into a checkpoint; "
-                "leave out embeddings, DoRA and LoRA biases"
-            )
+    for _, layer, adapter in plain_layers(model):
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         with gather([A, B]):
             A, B = A.detach().cpu().clone(), B.detach().cpu().clone()

@@ -162,7 +162,9 @@ class Manifest:
     @classmethod
     def of_folder(cls, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> Manifest:
         """Of all files in ``checkpoint``'s folder; the tensors' hashes are known. Raises OSError."""
-        headers = {file: hash_file(checkpoint.folder / file, checkpoint.data_start(file)) for file in checkpoint.files}
+        headers = {
+            file: hash_file(checkpoint.folder / file, nbytes=checkpoint.data_start(file)) for file in checkpoint.files
+        }
         sizes, others = {}, {}
         for path in sorted(checkpoint.folder.rglob("*")):
             name = path.relative_to(checkpoint.folder).as_posix()
