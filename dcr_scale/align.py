@@ -11,6 +11,8 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
 from dcr_scale.models.verified_loading import load_verified
+from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.runlog import RunLog
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, seed_everything
@@ -113,6 +116,7 @@ class Aligner:
         examples: what :func:`encode_mixture` made of general instructions and refusals.
         prefix: how many leading tokens all examples share.
         probe: what to measure on the model while it trains, if anything.
+        checkpoints: where the stage is saved and taken up again, if anywhere.
     """
 
     def __init__(
@@ -124,8 +128,10 @@ class Aligner:
         runlog: RunLog,
         world: World,
         probe: TrainingProbe | None = None,
+        checkpoints: StageCheckpoints | None = None,
     ):
         assert config.align is not None
+        self.checkpoints = checkpoints
         self.config, self.settings, self.world, self.runlog = config, config.align, world, runlog
         self.examples, self.prefix = examples, prefix
         self.sampler = ShuffledSampler(
@@ -147,12 +153,19 @@ class Aligner:
         two = [example.ids for example in (self.examples * 2)[:2]]
         check_packing(self._check_logits, two, self.prefix, self.world.device)
         self.engine.train(True)
-        losses = []
-        self.measure(0)
+        saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
+        losses: list[float] = [] if saved is None else saved["losses"]
+        if saved is None:
+            self.measure(0)
+        elif self.probe is not None:
+            self.probe.restore(saved["probe"])
         self.runlog.start()
-        for step in range(self.steps):
+        for step in range(len(losses), self.steps):
             losses.append(self.train_step(step))
             self.measure(step + 1)
+            if self.checkpoints is not None and step + 1 < self.steps:
+                with self.runlog.paused():
+                    self.checkpoints.after_step(self.engine, step + 1, partial(self._own_state, losses))
         tenth = max(1, len(losses) // 10)
         log.info("stage 2 ended after %d updates", self.engine.applied)
         return Aligned(self.engine.applied, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)
@@ -166,6 +179,8 @@ class Aligner:
         own = plan[self.world.rank]
         summed, tokens = 0.0, 0
         for number, group in enumerate(own):
+            # LoRA's dropout: by the pack's name, so that no generator's state need be saved.
+            seed_everything(f"{self.config.run.seed} align {step} {number} {self.world.rank}")
             batch = self._pack([self.examples[drawn[i]] for i in group])
             tokens += batch.layout.tokens
             loss = self.engine(batch)
@@ -186,6 +201,10 @@ class Aligner:
             lr=update.lr,
         )
         return mean
+
+    def _own_state(self, losses: list[float]) -> dict[str, Any]:
+        """What :meth:`run` must know to go on after the steps that had these losses, for a checkpoint."""
+        return {"losses": losses, "probe": self.probe.state() if self.probe is not None else None}
 
     def measure(self, step: int) -> None:
         """The probe's measurement, where there is a probe and it is due."""

@@ -1,16 +1,22 @@
-"""How a launcher ends: with 0, or with 2 and one line for the person who must act. Imports nothing heavy."""
+"""How a launcher ends: with 0, with 2 and one line for the person who must act, with 75 where the same command goes on
+later, or with 1 for what was not foreseen. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from dcr_scale.errors import UserError
+from dcr_scale.errors import OutOfMemory, Preempted, UserError
+from dcr_scale.lost_rank import explain
+
+# The run was told to stop and has saved its state (EX_TEMPFAIL of sysexits.h): run the same command again.
+PREEMPTED = 75
 
 
 def first_rank() -> bool:
@@ -19,17 +25,33 @@ def first_rank() -> bool:
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do the work; a UserError becomes one line on the first rank."""
+    """Do the work; a UserError becomes one line on the first rank, any other exception a traceback on its own."""
     try:
         work()
     except UserError as error:
-        if first_rank():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all ranks when the first one exits; the message must be out by then.
-            time.sleep(2)
+        _say(f"error: {error}")
         return 2
+    except Preempted as stopped:
+        _say(str(stopped))
+        return PREEMPTED
+    except OutOfMemory as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        # Said and left at once: taken down in order, the interpreter would wait for ranks that know of nothing.
+        traceback.print_exc()
+        if (lost := explain(error)) is not None:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def _say(line: str) -> None:
+    if first_rank():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        # The launcher ends all ranks when the first one exits; the message must be out by then.
+        time.sleep(2)
 
 
 @contextmanager

@@ -146,6 +146,12 @@ class RefineConfig:
     sampling: Literal["auto", "matched", "independent"] = setting(
         "auto", "matched: both sides of a pair in one batch; auto: matched where every prompt has a partner"
     )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "tokens of one pack on one rank: a larger batch takes two passes over several packs, at the memory of one and "
+        "with the same gradient; null: one pass over all",
+        at_least=16,
+    )
     train_embeddings: bool = setting(False, "train the input embedding as well; never where it is tied to the head")
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
     retention: RetentionConfig = setting(RetentionConfig, "the retention term")
@@ -164,6 +170,9 @@ class LoraConfig:
     alpha: float = setting(16.0, "the update is scaled by alpha / r", above=0)
     dropout: float = setting(0.05, "dropout on the adapter's input", at_least=0, at_most=0.9)
     targets: list[str] | None = setting(None, "names of linear modules; null: every linear layer but the head")
+    export: Literal["merged", "adapter", "both"] = setting(
+        "merged", "what stage 2 leaves: a checkpoint with the adapters merged in, the adapters in peft's form, or both"
+    )
 
 
 @dataclass
@@ -197,6 +206,26 @@ class EngineConfig:
     non_finite: Literal["stop", "skip"] = setting("stop", "what a non-finite loss or gradient norm does to the run")
     max_skipped: int = setting(3, "with skip: stop after so many skipped steps in a row", at_least=1)
     timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up", above=0)
+    offload_optimizer: Literal["none", "cpu", "nvme"] = setting(
+        "none", "where masters and moments live between updates: on the device, in the host's memory, or on its disk"
+    )
+    offload_parameters: Literal["none", "cpu"] = setting(
+        "none", "where partitions of the parameters live while no layer needs them"
+    )
+    offload_folder: str | None = setting(None, "folder on a local NVMe disk, for offload_optimizer=nvme")
+
+
+@dataclass
+class CheckpointConfig:
+    """States of a stage's training from which the same command goes on after an interruption."""
+
+    every: int | None = setting(
+        20, "steps between two; null or 0: only when the run is told to stop (SIGTERM, SIGUSR1)", at_least=0
+    )
+    keep_last: int = setting(2, "so many of a stage's latest are kept, until the stage is done", at_least=1)
+    keep_every: int | None = setting(
+        None, "and, for good, those after every so many steps (a multiple of every); null: none", at_least=1
+    )
 
 
 @dataclass
@@ -244,6 +273,7 @@ class Config:
     refine: RefineConfig | None = setting(RefineConfig, "stage 1; null skips it, which leaves plain safety tuning")
     align: AlignConfig | None = setting(AlignConfig, "stage 2; null skips it")
     engine: EngineConfig = setting(EngineConfig, "DeepSpeed ZeRO-3")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "what an interrupted run goes on from")
     look: LookConfig = setting(LookConfig, "the first look at the effect")
     probe: ProbeConfig = setting(ProbeConfig, "what is measured while the stages run")
     log: LogConfig = setting(LogConfig, "console and trackers")
@@ -256,6 +286,13 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         raise UserError(f"{path}: refine and align are both null: there is nothing to do")
     if config.align is not None:
         _check_shares(config.data, config.align)
+    if config.engine.offload_optimizer == "nvme" and config.engine.offload_folder is None:
+        raise UserError(f"{path}: engine.offload_optimizer=nvme needs engine.offload_folder, on a local NVMe disk")
+    if config.checkpoint.keep_every and config.checkpoint.keep_every % (config.checkpoint.every or 1):
+        raise UserError(
+            f"{path}: checkpoint.keep_every={config.checkpoint.keep_every} is no multiple of checkpoint.every="
+            f"{config.checkpoint.every}"
+        )
     if config.probe.groups == 1 and config.probe.rank % 2:
         raise UserError(f"{path}: probe.rank={config.probe.rank} must be even where probe.groups is 1")
     return config

@@ -31,9 +31,13 @@ from torch.utils.cpp_extension import get_default_build_root
 from dcr_scale import world as world_module
 from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
+from dcr_scale.models.weights import OwnPart, own_part
 from dcr_scale.world import World
 
 log = logging.getLogger(__name__)
+
+# What AdamW knows of a parameter: its float32 master, and the first and second moment of its gradient.
+STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def start(settings: EngineConfig) -> World:
@@ -125,7 +129,15 @@ def deepspeed_config(
             "stage3_max_reuse_distance": settings.max_live,
         },
     }
+    if settings.offload_parameters == "cpu":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if optimizer is not None:
+        if settings.offload_optimizer != "none":
+            config["zero_optimization"]["offload_optimizer"] = {
+                "device": settings.offload_optimizer,
+                "pin_memory": device.type == "cuda",
+                **({"nvme_path": settings.offload_folder} if settings.offload_optimizer == "nvme" else {}),
+            }
         config["gradient_clipping"] = optimizer.clip
         # AdamW comes from torch on every device; DeepSpeed's own would be compiled on first use.
         config["zero_allow_untested_optimizer"] = True
@@ -181,6 +193,8 @@ class Engine:
         self.dtype = compute_dtype(settings, world.device)
         self.applied = 0
         self.skipped_in_a_row = 0
+        self._forward_coordinator: Any = None
+        self._trained: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
         vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
         groups = [
@@ -228,6 +242,27 @@ class Engine:
             offload.param_coordinator.release_backward_leftovers()
             offload.param_coordinator = training
 
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Passes inside the context keep no gradients, and belong to the step that follows: dropout is on.
+
+        They have a trace of their own, by which DeepSpeed gathers parameters ahead: mixed with the other passes'
+        neither would hold.
+        """
+        offload = self._optimizer.parameter_offload
+        training = offload.param_coordinator
+        if self._forward_coordinator is None:
+            self._forward_coordinator = copy.copy(training)
+            if not self._forward_coordinator.is_invalid_trace():
+                self._forward_coordinator._invalidate_trace()
+        offload.param_coordinator = self._forward_coordinator
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            offload.param_coordinator.release_backward_leftovers()
+            offload.param_coordinator = training
+
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients. ``last`` marks the micro-step after which :meth:`step` follows."""
         self._engine.set_gradient_accumulation_boundary(last)
@@ -268,6 +303,55 @@ class Engine:
                 f"stopped after {self.applied} updates: {self.skipped_in_a_row} steps in a row were not finite "
                 f"(engine.max_skipped={self.settings.max_skipped}; last: {what}); lower the learning rate"
             )
+
+    # --- its state, for checkpoints ----------------------------------------------------------------------------
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of the trained parameters."""
+        return {name: tuple(parameter.ds_shape) for name, parameter in self._trained.items()}
+
+    def own_state(self, name: str, key: str) -> OwnPart:
+        """This rank's elements of a trained parameter's master or moment (``key`` of :data:`STATES`), float32, to read
+        or, with :meth:`put_back` and :meth:`adopt` afterwards, to fill."""
+        parameter = self._trained[name]
+        self._create_moments()
+        flat, _ = self._optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=None if key == "weight" else key
+        )
+        # The moments of what AdamW has not met yet are zero, and so is the padding past the parameter's end.
+        part = own_part(parameter)
+        return OwnPart(part.start, flat.detach()[: part.values.numel()])
+
+    def put_back(self, name: str) -> None:
+        """What was written into :meth:`own_state`'s tensors is to stay, where they were read from a disk."""
+        group, *_ = self._optimizer.grad_position[self._optimizer.get_param_id(self._trained[name])]
+        if self._optimizer._swappable_optimizer_subgroup(group):
+            self._optimizer._optimizer_states_and_gradient_swap_out(group)
+
+    @torch.no_grad()
+    def adopt(self, applied: int) -> None:
+        """Go on from masters and moments that were filled in, after so many applied updates. Every rank calls it."""
+        self.applied = applied
+        self._create_moments()
+        for state in self._optimizer.optimizer.state.values():
+            state["step"].fill_(applied)
+        for group in range(len(self._optimizer.fp16_groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        small = self._optimizer.persistent_parameters
+        if small:
+            small[0].all_gather(small)
+
+    def _create_moments(self) -> None:
+        """torch makes an optimiser's state at its first step; a checkpoint may be wanted, or read, before it."""
+        adamw = self._optimizer.optimizer
+        for master in self._optimizer.fp32_partitioned_groups_flat:
+            if not adamw.state.get(master):
+                adamw.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
 
     def close(self) -> None:
         """Release the engine's buffers and hooks. The module's partitions stay."""

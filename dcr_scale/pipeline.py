@@ -10,9 +10,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,20 +20,14 @@ from transformers.utils import logging as transformers_logging
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
 from dcr_scale.align import Aligner, encode_mixture
-from dcr_scale.config import AlignConfig, Config, Label, RefineConfig
+from dcr_scale.config import AlignConfig, Config, RefineConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import ContrastSet, encode_contrast, load_contrast
-from dcr_scale.data.instructions import (
-    Instruction,
-    InstructionSet,
-    build_mixture,
-    check_leakage,
-    load_answered,
-    load_general,
-    load_refusals,
-)
+from dcr_scale.data.contrast import encode_contrast
+from dcr_scale.data.instructions import Instruction
 from dcr_scale.diagnosis import measure_layer
+from dcr_scale.errors import Preempted, UserError
 from dcr_scale.evaluation.audit import Audit, audit
+from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.look import Look, Looker, table
 from dcr_scale.model_card import model_card
 from dcr_scale.models.checkpoint import Checkpoint
@@ -46,62 +39,61 @@ from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_skeleton, read_config
 from dcr_scale.refine import Refiner, check_layer, contrast_sampler
 from dcr_scale.report import write_report
-from dcr_scale.runlog import RunLog, configure_console, duration, finite
+from dcr_scale.resume.checkpoints import StageCheckpoints
+from dcr_scale.resume.progress import Progress
+from dcr_scale.resume.run_folder import RunFolder
+from dcr_scale.resume.stop import StopRequest
+from dcr_scale.run_data import load_data
+from dcr_scale.runlog import configure_console, duration, finite
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, device_name, seed_everything, versions
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, fresh: bool = False, accept_changes: bool = False) -> dict[str, Any]:
     """Run both stages (those that the configuration has) and return what ``summary.json`` holds.
 
-    Every rank calls it. Raises UserError, the same on all ranks, for whatever the user can put right.
+    A run that was interrupted goes on where its folder says it was; ``fresh`` begins anew, ``accept_changes`` goes on
+    though it was begun with other settings. Every rank calls it. Raises UserError, the same on all ranks, for whatever
+    the user can put right, and Preempted, on all ranks too, where the run was told to stop and has saved its state.
     """
-    world = engines.start(config.engine)
-    configure_console(world.rank)
-    transformers_logging.set_verbosity_error()
-    try:
-        return Run(config, world).run()
-    finally:
+    stop = StopRequest()
+    with stop.listening():
+        world = engines.start(config.engine)
+        configure_console(world.rank)
+        transformers_logging.set_verbosity_error()
+        try:
+            summary = Run(config, world, stop, fresh=fresh, accept_changes=accept_changes).run()
+        except (UserError, Preempted):
+            engines.finish()
+            raise
+        except Exception:
+            # Leaving the group would wait for ranks that know nothing of this one's failure.
+            if world.size == 1:
+                engines.finish()
+            raise
         engines.finish()
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run reads but the model: ``mixture`` is stage 2's training examples, none where there is no stage 2."""
-
-    contrast: ContrastSet
-    general: InstructionSet
-    mixture: list[Instruction]
-
-
-def load_data(config: Config) -> RunData:
-    """Read, split and mix. Raises UserError for sources that cannot be used, and stages that share toxic prompts."""
-    seed = config.run.seed
-    contrast, general = load_contrast(config.data, seed), load_general(config.data, seed)
-    if config.align is None:
-        return RunData(contrast, general, [])
-    refusals = load_refusals(config.data, seed)
-    answered = load_answered(config.data, seed)
-    check_leakage(contrast, refusals, answered)
-    mixture = build_mixture(
-        general.train,
-        refusals.train,
-        answered,
-        examples=config.align.examples,
-        refusal_share=config.align.refusal_share,
-        answered_share=config.align.answered_share,
-        seed=seed,
-    )
-    return RunData(contrast, general, mixture)
+        return summary
 
 
 class Run:
     """The run's inputs, read and checked before anything heavy is built; :meth:`run` does the work."""
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        stop: StopRequest | None = None,
+        *,
+        fresh: bool = False,
+        accept_changes: bool = False,
+    ):
+        self.config, self.world, self.stop = config, world, stop or StopRequest()
+        self.fresh, self.accept_changes = fresh, accept_changes
+        self.folder = RunFolder(config, world, self.stop)
+        # As it was asked for: refine.layer=auto gives way to a number later.
+        self.asked = typed_yaml.to_tree(config)
         seed_everything(config.run.seed)
         self.source = find_source(config.model, world)
         self.model_config = read_config(self.source, config.model)
@@ -119,46 +111,57 @@ class Run:
         skeleton = build_skeleton(self.model_config, trust_remote_code=config.model.trust_remote_code)
         self.parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         self.skeleton = skeleton
-        self.folder = self._make_folder()
-        self.runlog = RunLog(config.log, self.folder, config.run.name, typed_yaml.to_tree(config), world)
         self.looks: dict[str, Look] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        self._announce()
-        model = self._open(self.source)
-        if self.config.refine is not None and self.config.refine.layer == "auto":
-            self._choose_layer(model, self.config.refine)
-        self._look("before", model)
-        if self.config.refine is not None:
-            model = self._refine(model, self.config.refine)
-            self._look("refined", model)
-        if self.config.align is not None:
-            model = self._align(model, self.config.align)
-            self._look("aligned", model)
-        return self._summarise()
+        with self.folder.held(
+            self.asked, self._about, fresh=self.fresh, accept_changes=self.accept_changes
+        ) as self.progress:
+            self.runlog = self.folder.runlog
+            self._take_up(self.progress)
+            if self.progress.done("summary") and (self.folder.path / "summary.json").is_file():
+                return self._finished_before()
+            self._announce()
+            model = self._open(self.source)
+            if self.config.refine is not None and self.config.refine.layer == "auto":
+                self._choose_layer(model, self.config.refine)
+            self._look("before", model)
+            if self.config.refine is not None:
+                model = self._refine(model, self.config.refine)
+                self._look("refined", model)
+            if self.config.align is not None:
+                model = self._align(model, self.config.align)
+                self._look("aligned", model)
+            return self._summarise()
 
     # --- the stages --------------------------------------------------------------------------------------------
 
     def _choose_layer(self, model: StoredModel, settings: RefineConfig) -> None:
         """Put a number in the place of ``refine.layer: auto``, for everything that follows."""
-        began = time.perf_counter()
+        if self.progress.done("layer_choice"):
+            settings.layer = self.facts["layer_choice"]["layer"]
+            return
+        began = self._begin("layer_choice")
         choice = measure_layer(self.config, model, self.contrast.heldout, self.encoder.prefix, self.world)
         settings.layer = choice.layer
         self._write_config()
         self.facts["layer_choice"] = choice.as_dict()
         self.runlog.record("layer_choice", 0, {"layer": choice.layer, "reason": choice.reason})
-        self._account("layer_choice", began)
+        self._finish("layer_choice", began)
 
     def _refine(self, model: StoredModel, settings: RefineConfig) -> StoredModel:
+        if self.progress.done("refine"):
+            return self._open(self.folder.path / "refined")
+        began, checkpoints = time.perf_counter(), self.folder.begin_stage("refine")
         self._audit()
-        began = time.perf_counter()
         log.info("stage 1: contrastive refinement of the first %d layers", settings.chosen_layer)
         refiner = Refiner(
-            self.config, model, self.contrast, self.retained, self.encoder.prefix, self.runlog, self.world, self.probe
-        )
+            self.config, model, self.contrast, self.retained, self.encoder.prefix, self.runlog, self.world, self.probe,
+            checkpoints,
+        )  # fmt: skip
         result = refiner.run()
         self.facts["refine"] = {
             "updates": result.steps,
@@ -169,14 +172,18 @@ class Run:
         refiner.close()
         folder = self._export("refined", model, refiner.changed())
         del refiner
-        self._account("refine", began)
+        self._finish("refine", began, checkpoints)
         return self._open(folder)
 
     def _align(self, model: StoredModel, settings: AlignConfig) -> StoredModel:
-        began = time.perf_counter()
+        if self.progress.done("align"):
+            return self._open(self.folder.path / "aligned")
+        began, checkpoints = time.perf_counter(), self.folder.begin_stage("align")
         refusals = sum(instruction.refusal for instruction in self.mixture)
         log.info("stage 2: safety alignment on %d examples, %d of them refusals", len(self.examples), refusals)
-        aligner = Aligner(self.config, model, self.examples, self.encoder.prefix, self.runlog, self.world, self.probe)
+        aligner = Aligner(
+            self.config, model, self.examples, self.encoder.prefix, self.runlog, self.world, self.probe, checkpoints
+        )
         result = aligner.run()
         self.facts["align"] = {
             "updates": result.steps,
@@ -189,22 +196,17 @@ class Run:
         deltas = lora_deltas(aligner.model, engines.whole) if settings.method == "lora" else None
         folder = self._export("aligned", model, aligner.changed(), deltas)
         del aligner
-        self._account("align", began)
+        self._finish("align", began, checkpoints)
         return self._open(folder)
 
     def _look(self, name: str, model: StoredModel) -> None:
-        if self.looker is None:
+        part = f"look_{name}"
+        if self.looker is None or self.progress.done(part):
             return
-        began = time.perf_counter()
+        began = self._begin(part)
         self.looks[name] = self.looker.take(name, model)
         self.runlog.record("look", len(self.looks) - 1, {"model": name, **self.looks[name].as_dict()})
-        self._account(f"look_{name}", began)
-
-    def _account(self, part: str, began: float) -> None:
-        """A part of the run is over: what it took, and its memory returned."""
-        self.memory[part] = self.runlog.memory()
-        self.seconds[part] = time.perf_counter() - began
-        _release_memory()
+        self._finish(part, began)
 
     def _audit(self) -> None:
         """Whether the contrast set can be told apart without understanding it, said before stage 1 learns to."""
@@ -247,13 +249,49 @@ class Run:
                 self.data.general.heldout, self.world,
             )  # fmt: skip
 
-    def _make_folder(self) -> Path:
-        folder = self.config.run.folder
-        with self.world.agreed(folder):
-            if self.world.first:
-                folder.mkdir(parents=True, exist_ok=True)
+    def _take_up(self, progress: Progress) -> None:
+        """Know what earlier parts found, where they are done."""
+        kept = progress.kept
+        self.facts, self.seconds, self.memory = (kept.get(name, {}) for name in ("facts", "seconds", "memory"))
+        self.looks = {name: Look.from_tree(tree) for name, tree in kept.get("looks", {}).items()}
+        if self.looker is not None:
+            self.looker.done = tuple(self.looks)
+        if self.probe is not None:
+            self.probe.take_over(kept.get("probe", {}))
         self._write_config()
-        return folder
+
+    def _about(self) -> dict[str, Any]:
+        """What decides the run's course: its settings, its data as it is now, and its model."""
+        sides = (self.data.contrast.train, self.data.contrast.heldout)
+        contrast = [(prompt.label, prompt.pair, prompt.text) for side in sides for prompt in side]
+        data = [contrast, self.retained, [example.ids for example in self.examples]]
+        source = Checkpoint.open(self.source, allow_pickle=self.config.model.allow_pickle)
+        return {
+            "settings": self.asked,
+            "data sources' content": digest(json.dumps(data).encode()),
+            "model's weights": weights_digest(source),
+        }
+
+    def _begin(self, part: str) -> float:
+        """A part of the run begins. Returns the clock."""
+        self.folder.begin(part)
+        return time.perf_counter()
+
+    def _finish(self, part: str, began: float, checkpoints: StageCheckpoints | None = None) -> None:
+        """A part of the run is over, and its memory returned. Raises Preempted where the run has been told to stop."""
+        self.memory[part] = self.runlog.memory()
+        self.seconds[part] = time.perf_counter() - began
+        if checkpoints is not None:
+            self.seconds[part] += checkpoints.earlier_seconds
+        _release_memory()
+        kept = {
+            "facts": self.facts,
+            "looks": {name: look.as_tree() for name, look in self.looks.items()},
+            "seconds": self.seconds,
+            "memory": self.memory,
+            "probe": self.probe.state() if self.probe is not None else {},
+        }
+        self.folder.finish(part, kept, checkpoints)
 
     def _write_config(self) -> None:
         """The resolved configuration into the run's folder, its model path the source folder."""
@@ -275,7 +313,7 @@ class Run:
         changed: Mapping[str, nn.Parameter],
         deltas: Mapping[nn.Parameter, LowRankDelta] | None = None,
     ) -> Path:
-        folder = self.folder / name
+        folder = self.folder.path / name
         card = model_card(self.config, name, self.source, self.facts, self.looks)
         export_checkpoint(
             folder, model.checkpoint, model.tensor_map, changed, deltas=deltas, extra_files={"README.md": card},
@@ -298,8 +336,16 @@ class Run:
         if self.tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template: a prompt is its text and a blank line")
 
+    def _finished_before(self) -> dict[str, Any]:
+        path = self.folder.path / "summary.json"
+        if self.looks:
+            log.info("%s", table(self.looks))
+        log.info("%s is finished: %s says what it found; --fresh runs it anew", self.config.run.name, path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def _summarise(self) -> dict[str, Any]:
-        memory = self.runlog.memory()
+        self.folder.begin("summary")
+        memory = max(self.runlog.memory(), *self.memory.values())
         self.runlog.close()
         summary = {
             "run": self.config.run.name,
@@ -315,61 +361,33 @@ class Run:
             "memory_gib": {name: round(memory, 2) for name, memory in self.memory.items()},
             "peak_memory_gib": round(memory, 2),
         }
-        with self.world.agreed(self.folder / "summary.json"):
+        folder = self.folder.path
+        with self.world.agreed(folder / "summary.json"):
             if self.world.first:
                 text = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-                (self.folder / "summary.json").write_text(text, encoding="utf-8")
+                (folder / "summary.json").write_text(text, encoding="utf-8")
                 if self.probe is not None:
                     text = json.dumps(finite(self.probe.matrices()), allow_nan=False) + "\n"
-                    (self.folder / "kernel_similarity.json").write_text(text, encoding="utf-8")
+                    (folder / "kernel_similarity.json").write_text(text, encoding="utf-8")
                 self._report()
+        self.folder.progress.finish("summary", self.folder.progress.kept)
         if self.looks:
             log.info("\n%s", table(self.looks))
         log.info(
             "\n%s in %s, at most %.1f GiB a rank; everything is in %s",
-            self.config.run.name, duration(sum(self.seconds.values())), memory, self.folder,
+            self.config.run.name, duration(sum(self.seconds.values())), memory, folder,
         )  # fmt: skip
         return summary
 
     def _report(self) -> None:
         """``report.html``. What cannot be drawn must not cost a run its end: the checkpoints are there."""
         try:
-            write_report(self.folder)
+            write_report(self.folder.path)
         except Exception as error:
             log.warning(
                 "report.html is missing (%s: %s); `python -m dcr_scale.report %s` makes it again",
-                type(error).__name__, error, self.folder,
+                type(error).__name__, error, self.folder.path,
             )  # fmt: skip
-
-
-def describe(config: Config) -> str:
-    """What a run of this configuration would do, from its data alone: no model is read, nothing is built."""
-    data, lines = load_data(config), [f"model: {config.model.path}"]
-    if config.refine is not None:
-        train = data.contrast.train
-        sides = {label: sum(prompt.label == label for prompt in train) for label in get_args(Label)}
-        chosen = config.refine.layer == "auto"
-        trunk = "as many layers as the probe chooses" if chosen else f"the first {config.refine.chosen_layer} layers"
-        lines.append(
-            f"stage 1: {trunk}, {config.refine.loss.name} loss, at most "
-            f"{config.refine.steps} steps of {config.refine.batch_size} prompts, from {sides['seemingly_toxic']} "
-            f"seemingly toxic and {sides['toxic']} toxic ones ({len(data.contrast.heldout)} held out) -> "
-            f"{config.run.folder / 'refined'}"
-        )
-    if config.align is not None:
-        lines.append(
-            f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
-            f"({sum(example.refusal for example in data.mixture)} refusals), {config.align.batch_size} a step -> "
-            f"{config.run.folder / 'aligned'}"
-        )
-    if config.probe.every:
-        lines.append(
-            f"probe: every {config.probe.every} steps and at each stage's start and end, {config.probe.pairs} pairs of "
-            f"each kind and {config.probe.prompts} prompts of each class"
-        )
-    if config.look.enabled:
-        lines.append(f"looks: {config.look.prompts} held-out prompts a class, before and after each stage")
-    return "\n".join(lines)
 
 
 def _release_memory() -> None:

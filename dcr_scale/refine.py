@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,22 +22,25 @@ from transformers import PretrainedConfig
 
 from dcr_kernels import circle_loss, pool, supcon_loss
 from dcr_scale import engine as engines
-from dcr_scale.config import Config, LossConfig, RefineConfig, StopConfig
+from dcr_scale.config import Config, LossConfig, RefineConfig
+from dcr_scale.contrast_packs import ContrastPack, ContrastPacks
 from dcr_scale.data.contrast import ContrastPrompt, EncodedContrast
-from dcr_scale.data.packing import Pack, pack
+from dcr_scale.data.packing import Pack
 from dcr_scale.data.sampler import ContrastSampler, shard
+from dcr_scale.early_stop import EarlyStop
 from dcr_scale.errors import UserError
 from dcr_scale.models import attention
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import Trunk, depth
 from dcr_scale.models.verified_loading import load_verified
+from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.retention import Retention
 from dcr_scale.runlog import RunLog
 from dcr_scale.separation import Separation, pooled_activations, separation
-from dcr_scale.training_probe import TrainingProbe
+from dcr_scale.training_probe import StageProbe, TrainingProbe
 from dcr_scale.whole_model import WholeModel
-from dcr_scale.world import World
+from dcr_scale.world import World, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -50,32 +53,6 @@ class Refined:
     ended: str
     before: Separation
     after: Separation
-
-
-class EarlyStop:
-    """Stage 1 has done its work when held-out prompts of the two classes lie apart, or draw apart no further."""
-
-    def __init__(self, config: StopConfig):
-        self.config = config
-        self.best = float("inf")
-        self.looks_without_progress = 0
-
-    def reason(self, cross: float) -> str | None:
-        """Why to stop after a look that found this cross-class cosine; None to go on."""
-        target = self.config.cross_cosine
-        if target is not None and cross <= target:
-            return f"held-out cross-class cosine {cross:.3f} reached its target of {target}"
-        if cross < self.best - self.config.min_delta:
-            self.best = cross
-            self.looks_without_progress = 0
-            return None
-        self.looks_without_progress += 1
-        if self.config.patience and self.looks_without_progress >= self.config.patience:
-            return (
-                f"plateau: the held-out cross-class cosine has not fallen by {self.config.min_delta} in "
-                f"{self.looks_without_progress} looks (now {cross:.3f})"
-            )
-        return None
 
 
 def check_layer(layer: int, config: PretrainedConfig, folder: Path) -> None:
@@ -124,6 +101,7 @@ class Refiner:
         retained: token ids of general prompts for the retention term; empty where its weight is 0.
         prefix: how many leading tokens all prompts share.
         probe: what to measure on the whole model while its trunk trains, if anything.
+        checkpoints: where the stage is saved and taken up again, if anywhere.
     """
 
     def __init__(
@@ -136,8 +114,10 @@ class Refiner:
         runlog: RunLog,
         world: World,
         probe: TrainingProbe | None = None,
+        checkpoints: StageCheckpoints | None = None,
     ):
         assert config.refine is not None
+        self.checkpoints = checkpoints
         self.config, self.settings, self.world, self.runlog = config, config.refine, world, runlog
         self.train, self.heldout, self.prefix = contrast.train, contrast.heldout, prefix
         self.sampler = contrast_sampler(self.settings, self.train.prompts, config.run.seed, world)
@@ -151,7 +131,12 @@ class Refiner:
         self.trunk = self._build_trunk(model)
         self.engine = engines.Engine(self.trunk, config.engine, self.settings.optimizer, self.settings.steps, world)
         self.retention = self._retain(retained, model.config) if self.settings.retention.weight else None
+        self.packs = ContrastPacks(
+            self.train, self.sampler, self.retention,
+            prefix=prefix, limit=self.settings.micro_batch_tokens, world=world,
+        )  # fmt: skip
         self.whole: WholeModel | None = None
+        self.probe: StageProbe | None = None
         if probe is not None:
             self.whole = WholeModel(config, model, self.changed(), world)
             self.probe = probe.stage("refine", self.settings.steps, self.whole.model, runlog)
@@ -161,12 +146,21 @@ class Refiner:
     def run(self) -> Refined:
         """Train until the steps are done or held-out prompts lie apart."""
         check_packing(self.activations, self.heldout.ids[:2], self.prefix, self.world.device)
-        before = after = self.look(0)
         stop = EarlyStop(self.settings.stop)
         ended = f"all {self.settings.steps} steps done"
-        self.measure(0)
+        saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
+        if saved is None:
+            done, before = 0, self.look(0)
+            after = before
+            self.measure(0)
+        else:
+            done = saved["step"]
+            before, after = Separation(**saved["before"]), Separation(**saved["after"])
+            stop.restore(saved["stop"])
+            if self.probe is not None:
+                self.probe.restore(saved["probe"])
         self.runlog.start()
-        for step in range(self.settings.steps):
+        for step in range(done, self.settings.steps):
             self.train_step(step)
             last = step + 1 == self.settings.steps
             reason = None
@@ -178,24 +172,21 @@ class Refiner:
             if reason is not None:
                 ended = reason
                 break
+            if self.checkpoints is not None and not last:
+                with self.runlog.paused():
+                    own = partial(self._own_state, step + 1, before, after, stop)
+                    self.checkpoints.after_step(self.engine, step + 1, own)
         log.info("stage 1 ended after %d updates: %s", self.engine.applied, ended)
         return Refined(self.engine.applied, ended, before, after)
 
     def train_step(self, step: int) -> None:
-        contrast = shard(self.sampler.batch(step), self.world.rank, self.world.size)
-        retained: list[int] = []
-        kept: list[Sequence[int]] = []
-        if self.retention is not None:
-            retained = self.retention.batch(step)
-            kept = [self.retention.encoded[i] for i in retained]
-        batch = pack(
-            [self.train.ids[i] for i in contrast] + kept,
-            prefix=self.prefix,
-            device=self.world.device,
-        )
-        loss, contrastive, distance = self.forward(batch, contrast, retained, step)
-        self.engine.backward(loss)
-        total_distance, tokens = self.world.sum(distance, batch.layout.tokens)
+        """One update over a global batch: in one pass, or where a rank's share takes several packs, in two."""
+        packs = self.packs.of_step(step)
+        if len(packs) == 1:
+            contrastive, distance = self._one_pass(packs[0])
+        else:
+            contrastive, distance = self._two_passes(packs)
+        total_distance, tokens = self.world.sum(distance, sum(part.batch.layout.tokens for part in packs))
         retention = total_distance / self.retention.tokens(step) if self.retention is not None else 0.0
         objective = contrastive + self.settings.retention.weight * retention
         update = self.engine.step(objective)
@@ -211,29 +202,77 @@ class Refiner:
             lr=update.lr,
         )
 
-    def forward(self, batch: Pack, contrast: list[int], retained: list[int], step: int) -> tuple[Tensor, float, float]:
-        """The loss to differentiate, the contrastive loss's value, and this rank's summed retention distance.
+    def _one_pass(self, part: ContrastPack) -> tuple[float, float]:
+        """Gradients of the whole objective; the contrastive loss's value and this rank's summed retention distance."""
+        hidden_TD = self._forward(part)
+        loss = self._contrastive(self._pooled(part, hidden_TD), part.contrast)
+        contrastive = float(loss.detach())
+        distance = self._distance(part, hidden_TD, packs=1)
+        self.engine.backward(loss + self._retention_scale(part.step) * distance)
+        return contrastive, float(distance.detach())
 
-        The pack holds the shared prefix, then the contrast prompts, then the retained ones.
+    def _two_passes(self, parts: list[ContrastPack]) -> tuple[float, float]:
+        """The same for a batch of several packs (GradCache: Gao et al., arXiv 2101.06983).
+
+        The loss needs all prompts' pooled rows, but of the passes that make them only its gradient at those rows: a
+        first pass keeps rows alone, a second one, pack by pack, takes each pack's own gradients back through the trunk,
+        as ordinary accumulation.
         """
-        hidden_TD = self.engine(batch)
-        prefix, starts = batch.layout.prefix, batch.layout.starts
-        end = starts[len(contrast)]
-        pooled_ND = pool(
-            hidden_TD[prefix:end],
-            batch.layout.cu_seqlens[: len(contrast) + 1],
+        with self.engine.forward_only():
+            rows = [self._pooled(part, self._forward(part)) for part in parts]
+        pooled_ND = torch.cat(rows).requires_grad_()
+        loss = self._contrastive(pooled_ND, [i for part in parts for i in part.contrast])
+        (gradient_ND,) = torch.autograd.grad(loss, pooled_ND)
+        summed = 0.0
+        for number, (part, part_gradient_ND) in enumerate(
+            zip(parts, gradient_ND.split([len(part.contrast) for part in parts]), strict=True)
+        ):
+            hidden_TD = self._forward(part)
+            objective = (self._pooled(part, hidden_TD) * part_gradient_ND).sum()
+            distance = self._distance(part, hidden_TD, packs=len(parts))
+            last = number + 1 == len(parts)
+            self.engine.backward(objective + self._retention_scale(part.step) * distance, last=last)
+            summed += float(distance.detach())
+        return float(loss.detach()), summed
+
+    # --- one pack ----------------------------------------------------------------------------------------------
+
+    def _forward(self, part: ContrastPack) -> Tensor:
+        """The trunk's output [T, D] for a pack. Dropout is a matter of the pack's name: both passes draw the same."""
+        seed_everything(f"{self.config.run.seed} refine {part.step} {part.number} {self.world.rank}")
+        return self.engine(part.batch)
+
+    def _pooled(self, part: ContrastPack, hidden_TD: Tensor) -> Tensor:
+        """Unit rows [n, D] of the pack's contrast prompts, which come first in it."""
+        layout = part.batch.layout
+        if not part.contrast:
+            return hidden_TD.new_zeros(0, hidden_TD.shape[1], dtype=torch.float32)
+        return pool(
+            hidden_TD[layout.prefix : layout.starts[len(part.contrast)]],
+            layout.cu_seqlens[: len(part.contrast) + 1],
             mode=self.settings.pooling,
         )
+
+    def _contrastive(self, pooled_ND: Tensor, contrast: list[int]) -> Tensor:
         labels_N = torch.tensor(
-            [int(self.train.prompts[i].label == "toxic") for i in contrast], device=hidden_TD.device
+            [int(self.train.prompts[i].label == "toxic") for i in contrast], device=pooled_ND.device
         )
-        loss = contrastive_loss(pooled_ND, labels_N, self.settings.loss, [len(contrast)] * self.world.size)
-        contrastive = float(loss.detach())
+        return contrastive_loss(pooled_ND, labels_N, self.settings.loss, [len(contrast)] * self.world.size)
+
+    def _distance(self, part: ContrastPack, hidden_TD: Tensor, *, packs: int) -> Tensor:
+        """This pack's part of the summed retention distance; 0 where nothing is retained."""
         if self.retention is None:
-            return loss, contrastive, 0.0
-        distance = self.retention.distance(hidden_TD[end:], hidden_TD[:prefix], retained)
-        scale = self.settings.retention.weight * self.world.size / self.retention.tokens(step)
-        return loss + scale * distance, contrastive, float(distance.detach())
+            return hidden_TD.new_zeros((), dtype=torch.float32)
+        prefix, starts = part.batch.layout.prefix, part.batch.layout.starts
+        end = starts[len(part.contrast)]
+        return self.retention.distance(hidden_TD[end:], hidden_TD[:prefix], part.retained, packs)
+
+    def _retention_scale(self, step: int) -> float:
+        if self.retention is None:
+            return 0.0
+        return self.settings.retention.weight * self.world.size / self.retention.tokens(step)
+
+    # --- beside the training -----------------------------------------------------------------------------------
 
     def look(self, step: int) -> Separation:
         """Held-out cosines within and across the classes, into metrics and onto the console."""
@@ -259,9 +298,19 @@ class Refiner:
 
     def measure(self, step: int, *, ended: bool = False) -> None:
         """The probe's measurement of the whole model, where there is a probe and it is due."""
-        if self.whole is not None and self.probe.due(step, ended=ended):
+        if self.whole is not None and self.probe is not None and self.probe.due(step, ended=ended):
             self.whole.refresh()
             self.probe.measure(step)
+
+    def _own_state(self, done: int, before: Separation, after: Separation, stop: EarlyStop) -> dict[str, Any]:
+        """What :meth:`run` must know to go on after ``done`` steps, for a checkpoint."""
+        return {
+            "step": done,
+            "before": asdict(before),
+            "after": asdict(after),
+            "stop": stop.as_dict(),
+            "probe": self.probe.state() if self.probe is not None else None,
+        }
 
     def activations(self, batch: Pack) -> Tensor:
         """The trunk's output [T, D] for a pack, without gradients or dropout."""
@@ -303,9 +352,7 @@ class Refiner:
                 trust_remote_code=self.config.model.trust_remote_code,
             )
         self.prefix_of_names = trunk.name_prefix(model.tensor_map)
-        load_verified(
-            trunk.decoder, model.checkpoint, model.tensor_map, self.world, prefix=self.prefix_of_names
-        )
+        load_verified(trunk.decoder, model.checkpoint, model.tensor_map, self.world, prefix=self.prefix_of_names)
         if not trains_embeddings(self.settings, model.config):
             for parameter in trunk.embedding_parameters():
                 parameter.requires_grad_(False)

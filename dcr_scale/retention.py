@@ -81,23 +81,25 @@ class Retention:
         own = packs(self.world.rank)
         return own + own[:1] * (most - len(own))
 
-    def batch(self, step: int) -> list[int]:
-        """This rank's prompts at a step; may be empty."""
-        return [i for i in self._sampler.batch(step) if i % self.world.size == self.world.rank]
+    def batch(self, step: int, rank: int | None = None) -> list[int]:
+        """A rank's prompts at a step, this one's unless another is given; may be empty."""
+        rank = self.world.rank if rank is None else rank
+        return [i for i in self._sampler.batch(step) if i % self.world.size == rank]
 
     def tokens(self, step: int) -> int:
         """Tokens the loss of a step is a mean over: those of all ranks, and the shared prefix once."""
         drawn = self._sampler.batch(step)
         return sum(len(self.encoded[i]) - self.prefix for i in drawn) + self.prefix
 
-    def distance(self, hidden_TD: Tensor, prefix_PD: Tensor, drawn: Sequence[int]) -> Tensor:
+    def distance(self, hidden_TD: Tensor, prefix_PD: Tensor, drawn: Sequence[int], packs: int = 1) -> Tensor:
         """Σ over this rank's tokens of ‖h − h₀‖² / ‖h₀‖², float32 scalar. The prefix, which every rank runs, counts
-        as one world-size-th on each.
+        as one world-size-th on each, split over the packs of its step.
 
         Args:
             hidden_TD: new activations of the drawn prompts' own tokens, in order.
             prefix_PD: new activations of the shared prefix.
-            drawn: the prompts, as :meth:`batch` gave them.
+            drawn: the prompts, as :meth:`batch` gave them, or those of them in one of several packs.
+            packs: how many packs this rank's step consists of.
 
         Each token's squared distance is taken relative to its own original norm: residual streams grow with depth and
         some tokens carry norms a hundred times the others', so that one absolute weight would fit no two models.
@@ -107,7 +109,7 @@ class Retention:
         new_TD = torch.cat([prefix_PD, hidden_TD]).float()
         squared_T = (new_TD - target_TD).square().sum(-1)
         relative_T = squared_T / target_TD.square().sum(-1).clamp_min(1e-12)
-        return relative_T[: self.prefix].sum() / self.world.size + relative_T[self.prefix :].sum()
+        return relative_T[: self.prefix].sum() / (self.world.size * packs) + relative_T[self.prefix :].sum()
 
 
 def _on_disk(path: Path, size: int) -> Tensor:

@@ -28,7 +28,7 @@ def configure_console(rank: int) -> None:
 class Trackers:
     """TensorBoard and Weights & Biases, where the configuration names them. Both live on rank 0 only."""
 
-    def __init__(self, config: LogConfig, folder: Path, name: str, settings: dict[str, Any]):
+    def __init__(self, config: LogConfig, folder: Path, name: str, settings: dict[str, Any], run_id: str):
         self._tensorboard = self._wandb = None
         missing = [name for name in config.trackers if importlib.util.find_spec(name) is None]
         if missing:
@@ -43,7 +43,10 @@ class Trackers:
         if "wandb" in config.trackers:
             import wandb
 
-            self._wandb = wandb.init(project=config.project, name=name, config=settings, dir=str(folder))
+            # By its id, a run that goes on after an interruption goes on in the same place there.
+            self._wandb = wandb.init(
+                project=config.project, name=name, config=settings, dir=str(folder), id=run_id, resume="allow"
+            )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
@@ -60,9 +63,15 @@ class Trackers:
 
 
 class RunLog:
-    """Metrics of a run, written by rank 0; on other ranks every method does nothing."""
+    """Metrics of a run, written by rank 0; on other ranks every method does nothing.
 
-    def __init__(self, config: LogConfig, folder: Path, name: str, settings: dict[str, Any], world: World):
+    An earlier ``metrics.jsonl`` is written on: :meth:`rewind` takes back what came after the state that the run goes
+    on from. ``run_id`` is the run's own through all its interruptions.
+    """
+
+    def __init__(
+        self, config: LogConfig, folder: Path, name: str, settings: dict[str, Any], world: World, run_id: str = "run"
+    ):
         self.config, self.world = config, world
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
@@ -70,8 +79,8 @@ class RunLog:
         self._failure: str | None = None
         with world.agreed(self.path):
             if world.first:
-                self._file = self.path.open("w", encoding="utf-8")
-                self._trackers = Trackers(config, folder, name, settings)
+                self._file = self.path.open("a", encoding="utf-8")
+                self._trackers = Trackers(config, folder, name, settings, run_id)
         self._clock = time.perf_counter()
         self._tokens = 0
         self._steps = 0
@@ -130,6 +139,16 @@ class RunLog:
             self._failure = self._failure or cannot_write(self.path, error)
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
         self._trackers.log(stage, step, numbers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of ``metrics.jsonl`` so far; 0 on other ranks than the first."""
+        return 0 if self._file is None else self.path.stat().st_size
+
+    def rewind(self, size: int) -> None:
+        """Forget all that was recorded after the file had ``size`` bytes."""
+        if self._file is not None:
+            self._file.truncate(size)
 
     def memory(self) -> float:
         """The largest rank's peak memory so far in GiB.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
@@ -92,6 +92,24 @@ class TrainingProbe:
         """Make ready to measure ``model`` through a stage of at most ``steps`` steps."""
         return StageProbe(self, name, steps, model, runlog)
 
+    def state(self) -> dict[str, Any]:
+        """What all stages have measured so far, as JSON holds it."""
+        return {
+            name: {
+                "curve": curve,
+                "similarities": {end: found.tolist() for end, found in self.similarities[name].items()},
+            }
+            for name, curve in self.curves.items()
+        }
+
+    def take_over(self, measured: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state` gave."""
+        for name, found in measured.items():
+            self.curves[name] = found["curve"]
+            self.similarities[name] = {
+                end: torch.tensor(rows, dtype=torch.float64) for end, rows in found["similarities"].items()
+            }
+
     def as_dict(self) -> dict[str, Any]:
         """For ``summary.json``: how many pairs and prompts there are, and each stage's first and last measurement."""
         return {
@@ -154,6 +172,14 @@ class StageProbe:
             ", ".join(f"{label} {values[f'refusal_probability/{label}']:.3f}" for label in self.run.asked),
             ", ".join(f"{kind} {values[f'kernel/{kind}']:.3f}" for kind in self.run.pairs),
         )
+
+    def state(self) -> dict[str, Any]:
+        """What the stage has measured so far, for a checkpoint."""
+        return self.run.state()[self.name]
+
+    def restore(self, measured: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state` gave."""
+        self.run.take_over({self.name: measured})
 
     def _refusal_probabilities(self) -> dict[str, float]:
         asked = self.run.asked

@@ -1,6 +1,7 @@
 """Refine a checkpoint: ``deepspeed launchers/dcr.py --config configs/demo.yaml [key=value ...]``.
 
-Runs under deepspeed, torchrun or srun, or alone. Exit codes: 0 done, 2 something to put right (one line says what).
+Runs under deepspeed, torchrun or srun, or alone. Run again, it goes on where it was interrupted. Exit codes: 0 done,
+2 something to put right (one line says what), 75 told to stop and saved, to be run again, 1 anything else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; configs/ has one per kind of run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and what would run")
+    parser.add_argument("--fresh", action="store_true", help="begin anew: remove what the run's folder holds of it")
+    parser.add_argument("--accept-changes", action="store_true", help="go on though settings or data have changed")
     # The deepspeed launcher puts it in front; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
@@ -29,13 +32,13 @@ def refine() -> None:
     if arguments.dry_run:
         if first_rank():
             print(typed_yaml.dump(config), end="\n")
-            from dcr_scale.pipeline import describe
+            from dcr_scale.run_data import describe
 
             print(describe(config))
         return
     from dcr_scale.pipeline import run
 
-    run(config)
+    run(config, fresh=arguments.fresh, accept_changes=arguments.accept_changes)
 
 
 def main() -> int:

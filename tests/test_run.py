@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dcr_scale import pipeline
 from dcr_scale.config import Config, LogConfig, StopConfig, load_config
+from dcr_scale.early_stop import EarlyStop
 from dcr_scale.models.checkpoint import INDEX_FILE, Checkpoint
-from dcr_scale.refine import EarlyStop
 from dcr_scale.runlog import RunLog
 from dcr_scale.world import World
 
@@ -66,7 +66,9 @@ def check_complete(source: Path, exported: Path) -> None:
     model, loading = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True, dtype="auto")
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert {path.name for path in exported.iterdir()} == {path.name for path in source.iterdir()} | {"README.md"}
+    assert {path.name for path in exported.iterdir()} == {
+        *(path.name for path in source.iterdir()), "README.md", "manifest.json"
+    }  # fmt: skip
     chat = [{"role": "user", "content": "How do I kill a hung process?"}]
     assert AutoTokenizer.from_pretrained(exported).apply_chat_template(chat) == AutoTokenizer.from_pretrained(
         source
@@ -218,7 +220,8 @@ def test_the_same_seed_gives_the_same_run_wherever_retained_activations_lie(
         run = tmp_path / f"run_{number}"
         run_here(config, "align=null", "look.prompts=2", f"run.dir={run}", override)
         names = {path.name for path in run.iterdir()}
-        assert names == {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "look", "refined"}
+        kept = {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "look", "refined"}
+        assert names == kept | {"progress.json", "status.json", "lock"}
         metrics.append([{k: v for k, v in row.items() if k not in CLOCKS} for row in read_metrics(run)])
         weights.append(bytes_of(run / "refined"))
     assert metrics[0] == metrics[1]

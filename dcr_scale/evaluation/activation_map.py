@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcr_scale.evaluation.suites import CLASSES
@@ -50,7 +51,17 @@ class ActivationMap:
         """Take in a look's unit rows (float32 [N, D], in the order of the prompts) and write the map."""
         self.rows[name] = pooled_ND[self.kept].cpu()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: self.rows[name].contiguous()}, self._rows_file(name))
         self.path.write_text(json.dumps(self.as_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def restore(self, names: Sequence[str]) -> None:
+        """Take in looks that an interrupted run has left; one whose rows are gone is left out."""
+        for name in names:
+            if self._rows_file(name).is_file():
+                self.rows.update(load_file(self._rows_file(name)))
+
+    def _rows_file(self, name: str) -> Path:
+        return self.path.with_name(f"activations-{name}.safetensors")
 
     def as_dict(self) -> dict[str, Any]:
         """Each look on its own two principal components, all looks on those of all rows together (``shared``), and

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,16 @@ class Look:
     rates: Mapping[Class, Rates]
     perplexity: float
 
+    def as_tree(self) -> dict[str, Any]:
+        """All of it as JSON holds it, for a run that is interrupted after the look."""
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Look:
+        """What :meth:`as_tree` gave."""
+        rates = {name: Rates(**found) for name, found in tree["rates"].items()}
+        return cls(Separation(**tree["separation"]), tree["layer"], rates, tree["perplexity"])
+
     def as_dict(self) -> dict:
         refusal = {name: rounded(found["refusal"]) for name, found in self.rates.items()}
 
@@ -84,6 +94,9 @@ class Looker:
         contrast: held-out contrast prompts; the first ``look.prompts`` of each class are answered.
         general: held-out general instructions; as many are answered and scored by perplexity.
 
+    Attributes:
+        done: looks that were taken before an interruption; the map of activations goes on with theirs.
+
     Raises UserError where one of the latter is too long and ``data.overlong`` says so.
     """
 
@@ -108,6 +121,7 @@ class Looker:
         self.pooling = config.refine.pooling if config.refine is not None else "last"
         self.general = [question for question in self.asked if question.prompt.of_class == "general"]
         self.map: ActivationMap | None = None
+        self.done: tuple[str, ...] = ()
 
     def take(self, name: str, stored: StoredModel) -> Look:
         """Look at a checkpoint on disk; its answers go to ``look/<name>.jsonl`` in the run's folder, and where its
@@ -167,6 +181,7 @@ class Looker:
                         MappedPrompt(q.prompt.of_class, q.source, q.family, q.prompt.text) for q in self.general
                     ]
                     self.map = ActivationMap(path, prompts, self.layer, self.pooling)
+                    self.map.restore(self.done)
                 self.map.add(name, rows_ND)
 
     @torch.no_grad()

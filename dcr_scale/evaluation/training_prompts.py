@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcr_scale.config import Config, load_config
 from dcr_scale.errors import UserError
-from dcr_scale.pipeline import load_data
+from dcr_scale.run_data import load_data
 
 log = logging.getLogger(__name__)
 

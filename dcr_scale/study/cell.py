@@ -103,6 +103,9 @@ class Study:
             used["answered"] = self.answered
         if method.steering is not None:
             used["fit"] = _FIT[method.steering]
+        # How memory is spent and what is written besides change no model.
+        used["align"]["lora"].pop("export")
+        used.get("refine", {}).pop("micro_batch_tokens", None)
         return hashlib.blake2b(json.dumps(_without_folders(used)).encode(), digest_size=8).hexdigest()
 
     def run(self, cell: Cell) -> dict[str, Any]:

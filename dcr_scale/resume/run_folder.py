@@ -1,0 +1,121 @@
+"""A run's folder while a job works in it: locked, its progress taken up, its end said in ``status.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dcr_scale.config import Config
+from dcr_scale.errors import OutOfMemory, Preempted, UserError
+from dcr_scale.resume.checkpoints import StageCheckpoints
+from dcr_scale.resume.progress import Progress
+from dcr_scale.resume.run_lock import RunLock
+from dcr_scale.resume.status import Status
+from dcr_scale.resume.stop import StopRequest
+from dcr_scale.runlog import RunLog
+from dcr_scale.world import World
+
+
+class RunFolder:
+    """Opened by :meth:`held`, on every rank.
+
+    Attributes:
+        progress: which parts of the run are done.
+        status: what ``status.json`` says.
+        runlog: the run's metrics.
+    """
+
+    def __init__(self, config: Config, world: World, stop: StopRequest):
+        self.path, self.config, self.world, self.stop = config.run.folder, config, world, stop
+        self.part = "start"
+
+    @contextmanager
+    def held(
+        self, asked: dict[str, Any], about: Callable[[], dict[str, Any]], *, fresh: bool, accept_changes: bool
+    ) -> Iterator[Progress]:
+        """Work in the folder, alone.
+
+        Args:
+            asked: the configuration as a tree, for the trackers.
+            about: what the run is made by (:meth:`Progress.open`), asked of the first rank.
+
+        Raises UserError on all ranks where another job is in it, or another run's progress; OutOfMemory, on one rank,
+        with the settings that help, where the block runs out of memory.
+        """
+        lock = RunLock(self.path, self.world)
+        self.status = Status(self.path, self.world.rank, self.world.size)
+        try:
+            with self.world.agreed():
+                own = about() if self.world.first else {}
+            self.progress = Progress.open(self.path, own, self.world, fresh=fresh, accept_changes=accept_changes)
+            self.progress.write()
+            name, world = self.config.run.name, self.world
+            self.runlog = RunLog(self.config.log, self.path, name, asked, world, self.progress.id)
+            yield self.progress
+            self.status.write("finished", stage="summary", reason="")
+        except Preempted as stopped:
+            self.status.write("preempted", reason=str(stopped))
+            raise
+        except torch.OutOfMemoryError as error:
+            advised = OutOfMemory(f"rank {world.rank} ran out of memory in {self.part}: {self._helps()}\n{error}")
+            self.status.fail(str(advised))
+            raise advised from None
+        except BaseException as error:
+            self.status.fail(str(error) if isinstance(error, UserError) else f"rank {self.world.rank}: {error!r}")
+            raise
+        finally:
+            lock.release()
+
+    def begin(self, part: str) -> None:
+        """A part of the run begins that leaves no checkpoints: what an interrupted one recorded of it goes."""
+        self._enter(part)
+        self.runlog.rewind(self._recorded_before)
+
+    def begin_stage(self, stage: str) -> StageCheckpoints:
+        """A part begins that may go on in its middle."""
+        self._enter(stage)
+        return StageCheckpoints(
+            stage, self.config.checkpoint, self.path, self.runlog, self._recorded_before,
+            self.stop, self.status, self.world,
+        )  # fmt: skip
+
+    def _enter(self, part: str) -> None:
+        self.part = part
+        self.status.write("running", stage=part, step=0, reason="")
+
+    @property
+    def _recorded_before(self) -> int:
+        """Bytes of metrics that finished parts have left."""
+        return self.progress.kept.get("metrics_bytes", 0)
+
+    def finish(self, part: str, kept: dict[str, Any], checkpoints: StageCheckpoints | None = None) -> None:
+        """A part is done, and its checkpoints are needed no more; ``kept`` is what later parts must know.
+
+        Raises Preempted on all ranks where the run has been told to stop.
+        """
+        self.progress.finish(part, {**kept, "metrics_bytes": self.runlog.size})
+        if checkpoints is not None:
+            checkpoints.discard()
+        reason = self.stop.requested(self.world)
+        if reason is not None:
+            raise Preempted(f"{reason}: {part} is done; the same command goes on there")
+
+    def _helps(self) -> str:
+        """The three settings that save most memory in the part that ran out of it, and are not in use yet."""
+        config, helps = self.config, []
+        if self.part.startswith("look"):
+            helps.append(f"look.partitioned=yes, look.batch_size under {config.look.batch_size}")
+        else:
+            stage = config.refine if self.part == "refine" else config.align
+            tokens = stage.micro_batch_tokens if stage is not None else None
+            helps.append(f"{self.part}.micro_batch_tokens={tokens // 2 if tokens else 4096}")
+            if not config.model.gradient_checkpointing:
+                helps.append("model.gradient_checkpointing=true")
+            if config.engine.offload_optimizer == "none":
+                helps.append("engine.offload_optimizer=cpu")
+            if config.engine.offload_parameters == "none":
+                helps.append("engine.offload_parameters=cpu")
+        return ", ".join(helps[:3]) + ", or more GPUs; launchers/plan.py tells how many"

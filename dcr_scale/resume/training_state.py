@@ -1,0 +1,120 @@
+"""What an engine has learned, on disk: trained parameters in float32 and AdamW's moments, each tensor whole.
+
+One safetensors file holds every trained parameter's master, first and second moment in its full shape, whatever the
+number of ranks: each writes, and reads back, the byte ranges of the elements it holds. So a run goes on with any world
+size, and nothing is gathered. Frozen parameters are not in it: they are the source's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dcr_scale.engine import STATES, Engine
+from dcr_scale.errors import UserError
+from dcr_scale.models.checkpoint import CHUNK_BYTES, Checkpoint
+from dcr_scale.resume.checksum import partial_checksum, wrapped
+from dcr_scale.world import World
+
+FILE = "training_state.safetensors"
+_CHUNK = CHUNK_BYTES // 4
+
+Checksums = dict[str, int]
+
+
+def lay_out(engine: Engine, path: Path) -> None:
+    """Make the file at its full size, with its header and room for the content. Raises OSError on a full disk."""
+    header: dict[str, dict] = {}
+    offset = 0
+    for name, shape, key in _tensors(engine):
+        size = 4 * math.prod(shape)
+        header[f"{name}.{key}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        if shutil.disk_usage(path.parent).free < offset:
+            # Found now, before anything is written.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.truncate(8 + len(text) + offset)
+
+
+@torch.no_grad()
+def write_own(engine: Engine, folder: Path, world: World) -> Checksums:
+    """Write this rank's elements into the file that :func:`lay_out` made, durably; every tensor's checksum.
+
+    Every rank calls it. Raises the same UserError on all where one cannot write.
+    """
+    path, parts = folder / FILE, []
+    with world.agreed(path):
+        stored = Checkpoint.of_file(path)
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            for name, _, key in _tensors(engine):
+                start, values = engine.own_state(name, key)
+                begins = stored.tensors[f"{name}.{key}"].start
+                checksum = 0
+                for at in range(0, values.numel(), _CHUNK):
+                    chunk = values[at : at + _CHUNK].contiguous()
+                    checksum += partial_checksum(chunk, start + at)
+                    _pwrite(descriptor, chunk.cpu(), begins + 4 * (start + at))
+                parts.append(checksum)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return _added_up(engine, parts, world)
+
+
+@torch.no_grad()
+def read_own(engine: Engine, folder: Path, world: World) -> Checksums:
+    """Take over this rank's elements of every tensor in the file; every tensor's checksum, as it was read.
+
+    Every rank calls it, and :meth:`Engine.adopt` afterwards. Raises the same UserError on all where the file cannot be
+    read or is another model's.
+    """
+    parts: list[int] = []
+    with world.agreed():
+        stored = Checkpoint.of_file(folder / FILE)
+        expected = {f"{name}.{key}": tuple(shape) for name, shape, key in _tensors(engine)}
+        if expected != {name: info.shape for name, info in stored.tensors.items()}:
+            raise UserError(f"{folder}: holds other tensors than the ones that train here; it is of another model")
+        for name, _, key in _tensors(engine):
+            start, values = engine.own_state(name, key)
+            checksum = 0
+            for at in range(0, values.numel(), _CHUNK):
+                chunk = stored.read(f"{name}.{key}", start + at, min(_CHUNK, values.numel() - at)).to(values.device)
+                checksum += partial_checksum(chunk, start + at)
+                values[at : at + _CHUNK].copy_(chunk)
+            engine.put_back(name)
+            parts.append(checksum)
+    return _added_up(engine, parts, world)
+
+
+def _tensors(engine: Engine) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Parameter, shape and kind of state of every tensor, in the file's order."""
+    return ((name, shape, key) for name, shape in engine.trained.items() for key in STATES)
+
+
+def _added_up(engine: Engine, parts: list[int], world: World) -> Checksums:
+    """All ranks' parts of each tensor's checksum together."""
+    totals = torch.tensor([wrapped(part) for part in parts], dtype=torch.int64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(totals)  # which wraps around, as it should
+    return {f"{name}.{key}": total for (name, _, key), total in zip(_tensors(engine), totals.tolist(), strict=True)}
+
+
+def _pwrite(descriptor: int, values: torch.Tensor, offset: int) -> None:
+    view = values.view(torch.uint8).numpy().data
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)

@@ -1,0 +1,78 @@
+"""What a run reads but the model, and what it would do with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from dcr_scale.config import Config, Label
+from dcr_scale.data.contrast import ContrastSet, load_contrast
+from dcr_scale.data.instructions import (
+    Instruction,
+    InstructionSet,
+    build_mixture,
+    check_leakage,
+    load_answered,
+    load_general,
+    load_refusals,
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads but the model: ``mixture`` is stage 2's training examples, none where there is no stage 2."""
+
+    contrast: ContrastSet
+    general: InstructionSet
+    mixture: list[Instruction]
+
+
+def load_data(config: Config) -> RunData:
+    """Read, split and mix. Raises UserError for sources that cannot be used, and stages that share toxic prompts."""
+    seed = config.run.seed
+    contrast, general = load_contrast(config.data, seed), load_general(config.data, seed)
+    if config.align is None:
+        return RunData(contrast, general, [])
+    refusals = load_refusals(config.data, seed)
+    answered = load_answered(config.data, seed)
+    check_leakage(contrast, refusals, answered)
+    mixture = build_mixture(
+        general.train,
+        refusals.train,
+        answered,
+        examples=config.align.examples,
+        refusal_share=config.align.refusal_share,
+        answered_share=config.align.answered_share,
+        seed=seed,
+    )
+    return RunData(contrast, general, mixture)
+
+
+def describe(config: Config) -> str:
+    """What a run of this configuration would do, from its data alone: no model is read, nothing is built."""
+    data, lines = load_data(config), [f"model: {config.model.path}"]
+    if config.refine is not None:
+        train = data.contrast.train
+        sides = {label: sum(prompt.label == label for prompt in train) for label in get_args(Label)}
+        chosen = config.refine.layer == "auto"
+        trunk = "as many layers as the probe chooses" if chosen else f"the first {config.refine.chosen_layer} layers"
+        lines.append(
+            f"stage 1: {trunk}, {config.refine.loss.name} loss, at most "
+            f"{config.refine.steps} steps of {config.refine.batch_size} prompts, from {sides['seemingly_toxic']} "
+            f"seemingly toxic and {sides['toxic']} toxic ones ({len(data.contrast.heldout)} held out) -> "
+            f"{config.run.folder / 'refined'}"
+        )
+    if config.align is not None:
+        lines.append(
+            f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
+            f"({sum(example.refusal for example in data.mixture)} refusals), {config.align.batch_size} a step -> "
+            f"{config.run.folder / 'aligned'}"
+        )
+    if config.probe.every:
+        lines.append(
+            f"probe: every {config.probe.every} steps and at each stage's start and end, {config.probe.pairs} pairs of "
+            f"each kind and {config.probe.prompts} prompts of each class"
+        )
+    if config.look.enabled:
+        lines.append(f"looks: {config.look.prompts} held-out prompts a class, before and after each stage")
+    return "\n".join(lines)
