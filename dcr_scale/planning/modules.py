@@ -1,0 +1,158 @@
+"""A model as ZeRO-3 sees it: modules that hold parameters, in the order they run, each with its parameters' sizes.
+
+Everything is built on the meta device: names and shapes, no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dcr_scale import config as settings_tree
+from dcr_scale.align import linear_layers
+from dcr_scale.config import AlignConfig, RefineConfig
+from dcr_scale.models.trunk import Trunk, build_skeleton, decoder_layers
+from dcr_scale.refine import trains_embeddings
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that several modules may share. ``number``: its place among the model's; ``matrix``: it has more
+    than one dimension; ``adapter``: stage 2 added it, so no checkpoint holds it."""
+
+    number: int
+    numel: int
+    trained: bool
+    matrix: bool
+    adapter: bool
+
+    def part(self, world_size: int) -> int:
+        """Elements of one rank's partition, its padding included: ZeRO-3 cuts every parameter by itself."""
+        return -(-self.numel // world_size)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module that holds parameters itself, which ZeRO-3 gathers when it runs. ``layer``: the decoder layer it is
+    part of, None outside them; ``kind``: linear, experts, embedding or other; ``share``: the part of its parameters
+    that one token is multiplied with, below 1 for experts of which few are routed to."""
+
+    parameters: tuple[Parameter, ...]
+    layer: int | None
+    kind: str
+    share: float
+
+
+@dataclass(frozen=True)
+class ModuleList:
+    """A model's parameters, each once, and its modules in the order they run forward."""
+
+    parameters: tuple[Parameter, ...]
+    uses: tuple[Use, ...]
+    layers: int
+
+    @property
+    def adapted(self) -> int:
+        """Elements of the weights that adapters stand beside."""
+        return sum(self.uses[i - 1].parameters[0].numel for i in self._first_adapters())
+
+    def _first_adapters(self) -> list[int]:
+        """Places of the adapters' first factors: each follows the module that it adapts."""
+        adapter = [any(p.adapter for p in use.parameters) for use in self.uses]
+        return [i for i, there in enumerate(adapter) if there and not adapter[i - 1]]
+
+    @property
+    def held(self) -> int:
+        """Elements of all parameters."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def trained(self) -> int:
+        """Elements of the trained parameters."""
+        return sum(parameter.numel for parameter in self.parameters if parameter.trained)
+
+
+def trunk_modules(config: PretrainedConfig, settings: RefineConfig, *, trust_remote_code: bool = False) -> ModuleList:
+    """Stage 1's model: the embedding and the first ℓ layers, the embedding frozen unless the settings train it."""
+    with torch.device("meta"):
+        trunk = Trunk(
+            config,
+            settings.chosen_layer,
+            attention="sdpa",
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+    if not trains_embeddings(settings, config):
+        for parameter in trunk.embedding_parameters():
+            parameter.requires_grad_(False)
+    return list_modules(trunk.decoder, config)
+
+
+def whole_modules(config: PretrainedConfig, settings: AlignConfig, *, trust_remote_code: bool = False) -> ModuleList:
+    """Stage 2's model: the whole, trained throughout, or frozen with adapters on its linear layers."""
+    model = build_skeleton(config, trust_remote_code=trust_remote_code)
+    if settings.method == "full":
+        return list_modules(model, config)
+    model.requires_grad_(False)
+    base = {id(parameter) for parameter in model.parameters()}
+    with torch.device("meta"):
+        inject_adapter_in_model(adapter_config(settings.lora, model), model)
+    return list_modules(model, config, base)
+
+
+def adapter_config(settings: settings_tree.LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """peft's form of stage 2's adapters."""
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets or linear_layers(model),
+    )
+
+
+def list_modules(model: nn.Module, config: PretrainedConfig, base: set[int] | None = None) -> ModuleList:
+    """Read the modules off a built model. ``base``: ids of the parameters that are no adapter's; None: all."""
+    text = config.get_text_config()
+    routed, experts = getattr(text, "num_experts_per_tok", None), _experts(text)
+    stack = decoder_layers(model)
+    layer_of = {id(module): number for number, layer in enumerate(stack) for module in layer.modules()}
+    known: dict[int, Parameter] = {}
+    uses = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        for p in own:
+            adapter = base is not None and id(p) not in base
+            known.setdefault(id(p), Parameter(len(known), p.numel(), p.requires_grad, p.dim() > 1, adapter))
+        if not own:
+            continue
+        kind, share = "other", 1.0
+        if isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif isinstance(module, nn.Linear):
+            kind = "linear"
+        elif any(p.dim() == 3 for p in own):
+            kind, share = "experts", (routed or 1) / (experts or 1)
+        elif any(p.dim() == 2 for p in own):
+            kind = "linear"  # routers, which transformers writes as modules of their own
+        uses.append(Use(tuple(known[id(p)] for p in own), layer_of.get(id(module)), kind, share))
+    return ModuleList(tuple(known.values()), tuple(_in_running_order(uses)), len(stack))
+
+
+def _in_running_order(uses: list[Use]) -> list[Use]:
+    """Modules list what they consist of, which is the order it runs in but for norms: those run ahead of the matrices
+    that they stand beside."""
+    layers = [number for number in dict.fromkeys(use.layer for use in uses) if number is not None]
+    first = next(i for i, use in enumerate(uses) if use.layer is not None)
+    inside = [use for number in layers for use in sorted(
+        (use for use in uses if use.layer == number), key=lambda use: use.kind != "other"
+    )]  # fmt: skip
+    return uses[:first] + inside + [use for use in uses[first:] if use.layer is None]
+
+
+def _experts(text: PretrainedConfig) -> int | None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((getattr(text, name) for name in names if getattr(text, name, None)), None)
