@@ -7,7 +7,7 @@ import re
 import socket
 
 # Gloo raises plain RuntimeErrors, which begin with where in its source they come from.
-_GLOO = re.compile(r"^\[[^\]]*gloo/[^\]]*\] *")
+_GLOO = re.compile(r"^(?:Gloo \w+ failed with )?\[[^\]]*gloo/[^\]]*\] *")
 # It goes on with advice that does not help here.
 _ADVICE = re.compile(r"\. This is typically caused.*", re.DOTALL)
 
@@ -24,6 +24,6 @@ def explain(error: BaseException) -> str | None:
     waited = " It had waited as long as engine.timeout_minutes says." if "timed out" in cause.lower() else ""
     return (
         f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the other ranks: {cause}.{waited} A rank "
-        "that ended first says why in its own output; if none does, a node or its network is gone. The same command goes "
-        "on from the last checkpoint"
+        "that ended first says why in its own output; if none does, a node or its network is gone. The same command "
+        "goes on from the last checkpoint"
     )

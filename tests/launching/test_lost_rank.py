@@ -20,6 +20,12 @@ TIMEOUT = (
 )
 
 
+REFUSED = (
+    "[/third_party/gloo/gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused, "
+    "remote=[127.0.0.1]:14161"
+)
+
+
 def test_a_closed_connection_names_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     said = explain(RuntimeError(READ_ERROR))
@@ -31,6 +37,11 @@ def test_a_closed_connection_names_the_peer(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_timeout_names_the_setting() -> None:
     said = explain(RuntimeError(TIMEOUT))
     assert said is not None and "Timed out waiting 30000ms" in said and "engine.timeout_minutes" in said
+
+
+def test_a_connection_that_is_refused_at_the_start_names_where() -> None:
+    said = explain(RuntimeError(f"Gloo connectFullMesh failed with {REFUSED}"))
+    assert said is not None and "lost the other ranks: timed out connecting" in said and "127.0.0.1" in said
 
 
 def test_ranks_that_never_came_are_lost_as_well() -> None:
