@@ -147,7 +147,7 @@ class RunLog:
 
     def rewind(self, size: int) -> None:
         """Forget all that was recorded after the file had ``size`` bytes."""
-        if self._file is not None:
+        if self._file is not None and self.size > size:
             self._file.truncate(size)
 
     def memory(self) -> float:

@@ -27,12 +27,15 @@ from toy import (
     write_jsonl,
 )
 
-import dcr_scale.models.export as export_module
 from dcr_scale.align import encode_mixture
 from dcr_scale.config import AlignConfig
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.errors import UserError
+from dcr_scale.models import disk
+
+# What a run that ends before its first checkpoint leaves.
+RECORDS = {"config.yaml", "metrics.jsonl", "progress.json", "status.json", "lock"}
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +269,11 @@ def test_a_full_disk_in_the_export_leaves_no_checkpoint(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export_module, "os", SimpleNamespace(**{**vars(os), "pwrite": full}))
+    monkeypatch.setattr(disk, "os", SimpleNamespace(**{**vars(os), "pwrite": full}))
     reason = refused(settings, "look.enabled=false")
     assert reason.startswith(f"{tmp_path}/run/refined.partial/model.safetensors: No space left on device; ")
     assert reason.endswith(f"{tmp_path}/run/refined was not written: free space or set run.dir to another disk")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RECORDS
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "look/before.jsonl"])
@@ -318,4 +321,4 @@ def test_a_disk_that_fills_up_under_rank_0_ends_rank_1_too(settings: dict, tmp_p
         f"{tmp_path}/run/metrics.jsonl: cannot be written (No space left on device); free space there, make it "
         "writable, or set run.dir to another folder",
     )
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RECORDS

@@ -48,7 +48,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def test_each_tracker_gets_every_number_and_is_closed(tmp_path: Path, logged: list) -> None:
-    trackers = Trackers(LogConfig(trackers=["tensorboard", "wandb"]), tmp_path, "run", {})
+    trackers = Trackers(LogConfig(trackers=["tensorboard", "wandb"]), tmp_path, "run", {}, "id")
     trackers.log("refine", 3, {"loss": 0.5})
     trackers.close()
     assert logged == [
@@ -61,7 +61,7 @@ def test_each_tracker_gets_every_number_and_is_closed(tmp_path: Path, logged: li
 
 
 def test_no_tracker_is_touched_that_was_not_named(tmp_path: Path, logged: list) -> None:
-    trackers = Trackers(LogConfig(), tmp_path, "run", {})
+    trackers = Trackers(LogConfig(), tmp_path, "run", {}, "id")
     trackers.log("refine", 3, {"loss": 0.5})
     trackers.close()
     assert logged == []

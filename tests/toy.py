@@ -195,12 +195,8 @@ def launch(config: Path, *overrides: str, ranks: int = 2, timeout: float = 600.0
     return launch_script("dcr.py", "--config", str(config), *overrides, ranks=ranks, timeout=timeout)
 
 
-def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 600.0) -> subprocess.CompletedProcess:
-    """``deepspeed launchers/<name>`` on CPU ranks, as a user starts it; the output is captured as text.
-
-    The limit allows for DeepSpeed to compile its collectives, which it does once on a machine. Past it, all that was
-    started is killed: an orphaned rank would hold the port and the compiler's lock.
-    """
+def launcher_command(name: str, *arguments: str, ranks: int) -> tuple[list[str], dict[str, str]]:
+    """``deepspeed launchers/<name>`` on CPU ranks and a free port, and its environment; to be run in the repository."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -213,7 +209,16 @@ def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 6
         "PATH": f"{binaries}:{os.environ['PATH']}",
     }
     command = [str(binaries / "deepspeed"), "--log_level", "warning", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(port), f"launchers/{name}", *arguments]
+    return [*command, "--master_port", str(port), f"launchers/{name}", *arguments], environment
+
+
+def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 600.0) -> subprocess.CompletedProcess:
+    """``deepspeed launchers/<name>`` on CPU ranks, as a user starts it; the output is captured as text.
+
+    The limit allows for DeepSpeed to compile its collectives, which it does once on a machine. Past it, all that was
+    started is killed: an orphaned rank would hold the port and the compiler's lock.
+    """
+    command, environment = launcher_command(name, *arguments, ranks=ranks)
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True

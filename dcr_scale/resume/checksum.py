@@ -15,14 +15,14 @@ from torch import Tensor
 
 # Keys repeat after so many words, multiplied by another odd number each time.
 _BLOCK = 2**16
-_SEED = 0x5EED
+# Where the keys are taken from what _odd gives: beyond any number of blocks.
+_KEYS = 2**48
 
 
 @cache
 def _keys(device: torch.device) -> Tensor:
-    """int64 [block]: odd numbers."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return (torch.randint(-(2**62), 2**62, (_BLOCK,), generator=generator, dtype=torch.int64) * 2 + 1).to(device)
+    """int64 [block]: odd numbers, by arithmetic alone, so that no version of torch draws others."""
+    return torch.tensor([wrapped(_odd(_KEYS + i)) for i in range(_BLOCK)], device=device)
 
 
 def partial_checksum(values: Tensor, start: int) -> int:
@@ -56,9 +56,9 @@ def wrapped(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _odd(block: int) -> int:
-    """An odd number for each block: splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
-    z = (block * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
+def _odd(number: int) -> int:
+    """An odd number for each whole one: splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
+    z = (number * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31) | 1

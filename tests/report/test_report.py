@@ -161,5 +161,5 @@ def test_the_command_writes_it_and_says_what_is_wrong(tmp_path: Path, capsys: py
 
 def test_a_report_that_cannot_be_drawn_leaves_the_run_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pipeline.Run._report(SimpleNamespace(folder=tmp_path))
+        pipeline.Run._report(SimpleNamespace(folder=SimpleNamespace(path=tmp_path)))
     assert "report.html is missing (UserError" in caplog.text and f"dcr_scale.report {tmp_path}" in caplog.text

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from interrupted import outcome, told_to_stop
 from toy import toy_checkpoint, toy_settings, write_config
 
 from dcr_scale import pipeline
 from dcr_scale.config import load_config
 from dcr_scale.errors import Preempted, UserError
-from dcr_scale.resume import checkpoints
+from dcr_scale.resume import run_lock, training_state
+from dcr_scale.resume.training_state import FILE as TRAINING_STATE
+from dcr_scale.world import World
 
 LORA = ["align.method=lora", "align.lora.dropout=0.3"]
+PROBE = [f"probe.{key}=2" for key in ("pairs", "prompts", "rank", "groups", "output_probes")]
 # Where a run can be told to stop: in the middle of a stage, in the step before its end, between the parts.
 MOMENTS = {
     "in stage 1": ("refine", 2),
@@ -25,12 +33,16 @@ MOMENTS = {
 }
 
 
+# Stage 1 alone, no looks: what happens in a stage happens in either.
+SHORT = ["align=null", "look.enabled=false"]
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     toy_checkpoint(tmp_path / "model", "llama")
     settings = toy_settings(tmp_path, tmp_path / "model")
-    settings["probe"] = {"every": 2, "pairs": 2, "prompts": 2, "rank": 2, "groups": 2, "output_probes": 2}
     settings["checkpoint"] = {"every": 1}
+    settings["look"] = {"prompts": 1, "max_new_tokens": 2}
     return write_config(tmp_path, settings)
 
 
@@ -46,7 +58,8 @@ def interrupt(config: Path, folder: Path, stage: str, step: int, *overrides: str
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("overrides", [[], LORA], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [["probe.every=2", *PROBE], LORA], ids=["full, with the probe", "lora"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     config: Path, tmp_path: Path, overrides: list[str], alone: None
 ) -> None:
@@ -58,3 +71,134 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert outcome(cut) == outcome(whole)
     assert not (cut / "checkpoints").exists(), "what is done needs no checkpoint"
     assert json.loads((cut / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
+
+
+@pytest.fixture
+def halfway(config: Path, tmp_path: Path, alone: None) -> Path:
+    """The folder of a run that was told to stop after step 3 of stage 1's four, with two checkpoints."""
+    folder = tmp_path / "run"
+    said = interrupt(config, folder, "refine", 3, *SHORT, number=signal.SIGTERM)
+    assert "SIGTERM" in said and "step 3" in said
+    assert checkpoints(folder) == ["refine-00000002", "refine-00000003"], "keep_last is 2"
+    return folder
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 16
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": lambda checkpoint: flip(checkpoint / TRAINING_STATE),
+    "a truncated file": lambda checkpoint: truncate(checkpoint / TRAINING_STATE),
+    "no state.json": lambda checkpoint: (checkpoint / "state.json").unlink(),
+    "half a state.json": lambda checkpoint: truncate(checkpoint / "state.json"),
+    "no tensors": lambda checkpoint: (checkpoint / TRAINING_STATE).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    config: Path, halfway: Path, tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture
+) -> None:
+    damage(halfway / "checkpoints" / "refine-00000003")
+    begin(config, halfway, *SHORT)
+    said = capfd.readouterr().err
+    assert "refine-00000003: " in said and "is left out" in said
+    begin(config, tmp_path / "whole", *SHORT)
+    assert outcome(halfway) == outcome(tmp_path / "whole")
+
+
+def test_a_half_written_checkpoint_is_none(config: Path, halfway: Path) -> None:
+    shutil.rmtree(halfway / "checkpoints" / "refine-00000002")
+    (halfway / "checkpoints" / "refine-00000003").rename(halfway / "checkpoints" / "refine-00000003.partial")
+    summary = begin(config, halfway, *SHORT)
+    assert summary["refine"]["updates"] == 4
+
+
+def test_where_no_checkpoint_is_sound_the_user_decides(config: Path, halfway: Path) -> None:
+    for checkpoint in (halfway / "checkpoints").iterdir():
+        flip(checkpoint / TRAINING_STATE)
+    with pytest.raises(UserError, match="none of the checkpoints of refine can be used; --fresh"):
+        begin(config, halfway, *SHORT)
+    assert json.loads((halfway / "status.json").read_text(encoding="utf-8"))["state"] == "failed"
+    assert begin(config, halfway, *SHORT, fresh=True)["refine"]["updates"] == 4
+
+
+@pytest.mark.parametrize("where", ["checkpoints/refine-00000003/state.json", "progress.json"])
+def test_what_newer_code_has_written_is_not_guessed_at(config: Path, halfway: Path, where: str) -> None:
+    written = json.loads((halfway / where).read_text(encoding="utf-8"))
+    (halfway / where).write_text(json.dumps({**written, "format": 99}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"newer version of dcr-scale \(format 99, this one reads 1\)"):
+        begin(config, halfway, *SHORT)
+
+
+def test_a_folder_of_another_run_is_refused_with_every_difference(config: Path, halfway: Path) -> None:
+    changed = [*SHORT, "refine.optimizer.lr=2e-3", "refine.loss.gamma=16"]
+    with pytest.raises(UserError, match=r"refine.loss.gamma: 32.0 then, 16.0 now; refine.optimizer.lr: 0.001 then, 0"):
+        begin(config, halfway, *changed)
+    free = ["log.every=2", "checkpoint.every=3", "engine.reduce_bucket=1000000", "refine.micro_batch_tokens=512"]
+    begin(config, halfway, *SHORT, *free)
+
+
+def test_a_changed_run_goes_on_where_it_is_told_to(config: Path, halfway: Path) -> None:
+    summary = begin(config, halfway, *SHORT, "refine.optimizer.lr=2e-3", accept_changes=True)
+    assert summary["refine"]["updates"] == 4
+
+
+def test_other_data_under_the_same_name_is_another_run(config: Path, halfway: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "contrast.jsonl"
+    data.write_text(data.read_text(encoding="utf-8").replace("walnut", "hazelnut"), encoding="utf-8")
+    with pytest.raises(UserError, match="data sources' content"):
+        begin(config, halfway, *SHORT)
+
+
+def test_a_finished_run_says_so_and_trains_nothing(config: Path, tmp_path: Path, alone: None) -> None:
+    folder = tmp_path / "run"
+    summary = begin(config, folder, *SHORT)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "refined").iterdir()}
+    assert begin(config, folder, *SHORT) == summary
+    assert {path: path.stat().st_mtime_ns for path in (folder / "refined").iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(
+    config: Path, halfway: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full in the middle of the next checkpoint; the run ends with what to do, and goes on later."""
+    flip(halfway / "checkpoints" / "refine-00000003" / TRAINING_STATE)
+    written = 0
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    real = os.pwrite
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"No space left on device.*free space"):
+        patched.setattr(training_state.os, "pwrite", pwrite)
+        begin(config, halfway, *SHORT)
+    assert checkpoints(halfway) == ["refine-00000002", "refine-00000003"]
+    begin(config, halfway, *SHORT)
+    begin(config, tmp_path / "whole", *SHORT)
+    assert outcome(halfway) == outcome(tmp_path / "whole")
+
+
+def test_one_job_at_a_time(config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE_SECONDS", 0.2)
+    folder = tmp_path / "run"
+    held = run_lock.RunLock(folder, World(0, 1, 0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match=f'another job works in this folder .*"pid": {os.getpid()}'):
+        begin(config, folder, *SHORT)
+    held.release()
+    begin(config, folder, *SHORT)
