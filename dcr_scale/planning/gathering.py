@@ -114,13 +114,15 @@ class Coordinator:
     """DeepSpeed's coordinator once it knows the order, through one pass after the other.
 
     Args:
-        order: the visits of a whole pass: forward and backward, or forward alone.
+        order: the visits of a whole pass: the forward ones, and the backward ones if there are any.
+        forward: how many are forward ones. DeepSpeed 0.19 remembers what to let go of after each from a stage's first
+            passes, which are forward alone, and so never keeps a parameter from there to the backward pass.
         whole: numbers of the parameters that are never partitioned.
         settings: the engine's, for what is fetched ahead and how much may be there at once.
     """
 
-    def __init__(self, order: list[Visit], whole: set[int], settings: EngineConfig, world_size: int):
-        self.order, self.settings, self.world_size = order, settings, world_size
+    def __init__(self, order: list[Visit], whole: set[int], settings: EngineConfig, world_size: int, *, forward: int):
+        self.order, self.settings, self.world_size, self.forward = order, settings, world_size, forward
         self.whole = whole
         # Elements that the visits before each have gone through, and where each parameter is visited.
         self._passed = list(accumulate((sum(p.numel for p in visit.parameters) for visit in order), initial=0))
@@ -157,7 +159,8 @@ class Coordinator:
             counted += self._fetch(list(chosen.values()))
             if visit.releases:
                 for p in visit.parameters:
-                    if last_fetched[p.number] <= step + 1 and not self._used_soon(p, step) and p.number in self._there:
+                    awaited = step + 1 < last_fetched[p.number] < self._known(step)
+                    if p.number in self._there and not awaited and not self._used_soon(p, step):
                         counted -= self._there.pop(p.number)
                 for p in visit.dropped:
                     counted -= self._there.pop(p.number, 0)
@@ -181,7 +184,13 @@ class Coordinator:
         """Whether a visit within the reuse distance after ``step`` needs the parameter."""
         steps = self._visits[parameter.number]
         later = bisect_right(steps, step)
-        return later < len(steps) and self._passed[steps[later]] - self._passed[step + 1] < self.settings.max_live
+        if later == len(steps) or steps[later] >= self._known(step):
+            return False
+        return self._passed[steps[later]] - self._passed[step + 1] < self.settings.max_live
+
+    def _known(self, step: int) -> int:
+        """Up to which visit what follows counts after this one."""
+        return self.forward if step < self.forward else len(self.order)
 
 
 def _in_order(parameters: tuple[Parameter, ...]) -> list[Parameter]:

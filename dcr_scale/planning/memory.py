@@ -81,9 +81,11 @@ def plan_memory(
     if settings.offload_parameters == "cpu":
         device_parameters, host = whole * element_bytes, host + partitions * element_bytes
     largest = max((p.numel for p in modules.parameters if p.trained), default=0)
+    # A gradient that no bucket holds waits for the next one to be there, beside which it is counted as working memory.
     outsized = largest if largest > settings.reduce_bucket else 0
     copied = min(settings.reduce_bucket, modules.trained)
-    gathered = (gathers.peak + gathers.copied) * element_bytes
+    # A single rank's modules see its partition itself.
+    gathered = (gathers.peak + gathers.copied) * element_bytes if world_size > 1 else 0
     update = 0
     if settings.offload_optimizer == "none":
         update = max(_OVERFLOW_CHECK * trained, _FLOAT * min(trained, _SUB_GROUP + largest // world_size))
@@ -92,10 +94,10 @@ def plan_memory(
         parameters=device_parameters,
         gradients=device_gradients,
         optimizer=device_states,
-        buckets=(settings.reduce_bucket + copied + outsized) * element_bytes,
+        buckets=(settings.reduce_bucket + copied) * element_bytes,
         gathered=gathered,
         activations=activations.kept,
-        workspace=max(activations.working, update - beside),
+        workspace=max(activations.working + outsized * element_bytes, update - beside),
         host=host,
         nvme=nvme,
     )

@@ -17,6 +17,7 @@ from dcr_scale.planning.activations import Activations, model_activations, trunk
 from dcr_scale.planning.arithmetic import Arithmetic, plan_arithmetic
 from dcr_scale.planning.disk import Disk, plan_disk
 from dcr_scale.planning.finding import FoundModel, find_model
+from dcr_scale.planning.gathering import Gathers
 from dcr_scale.planning.hardware import GIB, NODE, VIEWS, Device, pass_seconds, update_seconds
 from dcr_scale.planning.memory import Memory, plan_memory
 from dcr_scale.planning.modules import ModuleList, trunk_modules, whole_modules
@@ -60,6 +61,7 @@ class StagePlan:
     cluster: Cluster
     modules: ModuleList
     work: Work
+    gathers: Gathers
     memory: Memory
     traffic: Traffic
     disk: Disk
@@ -126,7 +128,7 @@ class Planner:
         arithmetic = plan_arithmetic(modules, self.model.config, work, checkpointing=checkpointing)
         disk = self._disk(name, work)
         times = self._times(cluster, modules, work, memory, traffic, arithmetic, disk)
-        return StagePlan(name, cluster, modules, work, memory, traffic, disk, arithmetic, times)
+        return StagePlan(name, cluster, modules, work, gathers, memory, traffic, disk, arithmetic, times)
 
     def _work(self, name: str, gpus: int) -> Work:
         if name == "refine":
@@ -140,7 +142,10 @@ class Planner:
         own, kept, responses = work.packs[largest], work.retained[largest], work.responses[largest]
         key = (name, own, kept, responses)
         if key not in self._activations:
-            shared = {"prefix": work.prefix, "attention": self.attention, "dtype": self.dtype}
+            # torch describes its grouped products in bf16 alone; in float32 everything is twice as large.
+            routed = any(use.kind == "experts" for use in self.modules[name].uses)
+            dtype = torch.bfloat16 if routed else self.dtype
+            shared = {"prefix": work.prefix, "attention": self.attention, "dtype": dtype}
             model, config = self.config.model, self.model.config
             if name == "refine":
                 assert self.config.refine is not None
@@ -152,7 +157,8 @@ class Planner:
                 found = model_activations(
                     config, self.config.align, model, examples=own, responses=responses, **shared
                 )  # fmt: skip
-            self._activations[key] = found
+            scale = self.dtype.itemsize // dtype.itemsize
+            self._activations[key] = Activations(found.kept * scale, found.working * scale)
         return self._activations[key]
 
     def _disk(self, name: str, work: Work) -> Disk:

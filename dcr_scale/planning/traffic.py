@@ -35,13 +35,13 @@ def step_gathers(
 ) -> Gathers:
     """Gathers of one optimiser step: ``twice`` puts a forward pass before every micro-step, which has no backward."""
     whole = persistent(modules, settings)
-    order = forward(modules) + backward(modules, checkpointing=checkpointing)
-    training = Coordinator(order, whole, settings, world_size)
+    there, back = forward(modules), backward(modules, checkpointing=checkpointing)
+    training = Coordinator(there + back, whole, settings, world_size, forward=len(there))
     for _ in range(micro_steps):
         training.run()
     found = training.gathers()
     if twice:
-        first = Coordinator(forward(modules), whole, settings, world_size)
+        first = Coordinator(there, whole, settings, world_size, forward=len(there))
         for _ in range(micro_steps):
             first.run()
         found = found.beside(first.gathers())

@@ -156,7 +156,9 @@ def refine_work(lengths: Lengths, settings: RefineConfig, gpus: int) -> Work:
     drawn = min(settings.retention.batch_size, len(lengths.general)) if settings.retention.weight else 0
     kept = [lengths.general[i] for i in _spread(lengths.general, math.ceil(drawn / gpus))]
     costs, limit = [*own, *kept], settings.micro_batch_tokens
-    count = 1 if limit is None else len(micro_batches(costs, world_size=1, limit=limit)[0])
+    # As many packs as every rank can fill; the one with the fewest prompts decides.
+    fewest = batch // gpus + drawn // gpus
+    count = 1 if limit is None else min(fewest, len(micro_batches(costs, world_size=1, limit=limit)[0]))
     groups = balanced_groups(costs, count)
     return Work(
         prefix=lengths.prefix,
