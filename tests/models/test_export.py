@@ -109,17 +109,17 @@ def test_from_pretrained_reads_the_change_and_the_tail_keeps_its_bytes(
     assert (destination / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3-moe"])
 def test_bytes_are_the_same_whatever_the_world_size(tmp_path: Path, ranks: RankPool, architecture: str) -> None:
     source = tmp_path / "source"
     save_toy(source, architecture, sharded=True)
     outputs = []
-    for world_size in (1, 2, 3):
+    for world_size in (1, 2, 3, 4):
         destination = tmp_path / f"on_{world_size}"
         ranks.run(export_on_ranks, str(source), str(destination), architecture, world_size=world_size)
         outputs.append(contents(destination))
     assert outputs[0].keys() == {path.name for path in source.iterdir()} | {"README.md", "manifest.json"}
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
 
 
 def test_a_full_disk_on_one_rank_is_the_same_error_on_all_and_leaves_nothing(tmp_path: Path, ranks: RankPool) -> None:
