@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, PretrainedConfig, list[str]]] = {
     "experts": (
         2,
         Qwen3MoeConfig(**shape(96, 4), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-        ["engine.max_live=100000"],
+        ["engine.precision=bf16", "engine.max_live=100000"],
     ),
     "two-passes": (
         4,
@@ -87,9 +87,9 @@ def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> 
         if len(counts) > 1:
             assert count["gathered"] * element == near(plan.memory.gathered - plan.gathers.copied * element)
     for part in ("loaded", "copied", "exported"):
-        assert sum(count[part] for count in counts) == pytest.approx(getattr(plan.disk, part), rel=0.1, abs=50_000), (
-            part
-        )
+        # Headers are read by every rank, and are no small part of a small file.
+        counted = sum(count[part] for count in counts)
+        assert counted == pytest.approx(getattr(plan.disk, part), rel=0.1, abs=50_000), part
 
 
 def near(expected: float) -> Any:
