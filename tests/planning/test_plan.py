@@ -101,6 +101,7 @@ def test_experts_are_held_whole_and_computed_by_those_routed_to() -> None:
     assert refine.arithmetic.model == pytest.approx(products, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_leaves_the_gpu() -> None:
     base = plan("smollm2", 2)["refine"].memory
     for overrides, left in (
@@ -152,6 +153,7 @@ def test_parameters_stay_as_long_as_they_are_needed_soon() -> None:
     assert gathered(3, max_live=1000) == 60, "forward passes alone have decided what to let go of"
 
 
+@pytest.mark.slow
 def test_the_sweep_covers_8_to_512_gpus(tmp_path: Path) -> None:
     from dcr_scale.planning.sweep import GPUS, draw_sweep, sweep_table
 
@@ -182,13 +184,13 @@ def test_an_unknown_model_is_told_how_to_be_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shapes, default=str))
     assert depth(make_planner(config, model_config=tmp_path / "config.json").model.config) == 13
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no usable config.json"):
+    with pytest.raises(UserError, match=r"no usable config\.json"):
         make_planner(config, model_config=tmp_path / "config.json")
 
 
 def test_a_layer_beyond_the_model_is_refused() -> None:
     config = load_config(REPOSITORY / "configs" / "smollm2.yaml", ["refine.layer=30"])
-    with pytest.raises(UserError, match="refine.layer=30 is beyond the model"):
+    with pytest.raises(UserError, match=r"refine\.layer=30 is beyond the model"):
         describe_plan(config, 8)
 
 
