@@ -177,5 +177,8 @@ def test_four_ranks_read_the_file_once_and_hold_little_more_than_their_part(tmp_
     load, export = found["ours"]["load"], found["ours"]["export"]
     assert 1.0 <= load["bytes_read_ratio"] <= 1.05
     assert 1.0 <= export["bytes_written_ratio"] <= 1.05
-    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"]
+    # Whatever the model's size: DeepSpeed's shared-memory collectives touch a buffer of 32 MiB now or later, and 1 %
+    # of a real partition is more than the module's Python objects.
+    fixed = 40 * 2**20
+    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"] + fixed
     assert export["peak_bytes_a_rank"] <= found["largest_tensor_bytes"]
