@@ -33,6 +33,7 @@ from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
 from dcr_scale.models.verified_loading import load_verified
+from dcr_scale.profiling import traced
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.runlog import RunLog
 from dcr_scale.training_probe import TrainingProbe
@@ -160,12 +161,14 @@ class Aligner:
         elif self.probe is not None:
             self.probe.restore(saved["probe"])
         self.runlog.start()
-        for step in range(len(losses), self.steps):
-            losses.append(self.train_step(step))
-            self.measure(step + 1)
-            if self.checkpoints is not None and step + 1 < self.steps:
-                with self.runlog.paused():
-                    self.checkpoints.after_step(self.engine, step + 1, partial(self._own_state, losses))
+        with traced(self.config.profile, self.config.run.folder, "align", self.world) as traced_step:
+            for step in range(len(losses), self.steps):
+                losses.append(self.train_step(step))
+                traced_step()
+                self.measure(step + 1)
+                if self.checkpoints is not None and step + 1 < self.steps:
+                    with self.runlog.paused():
+                        self.checkpoints.after_step(self.engine, step + 1, partial(self._own_state, losses))
         tenth = max(1, len(losses) // 10)
         log.info("stage 2 ended after %d updates", self.engine.applied)
         return Aligned(self.engine.applied, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)

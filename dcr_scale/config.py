@@ -229,6 +229,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Traces of each stage's steps by torch's profiler, in <run>/profile/."""
+
+    steps: int = setting(0, "so many optimiser steps are traced, on rank 0; 0: none", at_least=0)
+    after: int = setting(3, "steps before the traced ones", at_least=0)
+
+
+@dataclass
 class LookConfig:
     """The first look at the effect: before stage 1, after it, and after stage 2."""
 
@@ -277,6 +285,7 @@ class Config:
     look: LookConfig = setting(LookConfig, "the first look at the effect")
     probe: ProbeConfig = setting(ProbeConfig, "what is measured while the stages run")
     log: LogConfig = setting(LogConfig, "console and trackers")
+    profile: ProfileConfig = setting(ProfileConfig, "where the time of a step goes")
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
@@ -286,6 +295,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         raise UserError(f"{path}: refine and align are both null: there is nothing to do")
     if config.align is not None:
         _check_shares(config.data, config.align)
+        _check_adapters(config.align)
     if config.engine.offload_optimizer == "nvme" and config.engine.offload_folder is None:
         raise UserError(f"{path}: engine.offload_optimizer=nvme needs engine.offload_folder, on a local NVMe disk")
     if config.checkpoint.keep_every and config.checkpoint.keep_every % (config.checkpoint.every or 1):
@@ -296,6 +306,13 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     if config.probe.groups == 1 and config.probe.rank % 2:
         raise UserError(f"{path}: probe.rank={config.probe.rank} must be even where probe.groups is 1")
     return config
+
+
+def _check_adapters(align: AlignConfig) -> None:
+    if align.method == "full" and align.lora.export != "merged":
+        raise UserError(
+            f"align.lora.export={align.lora.export}, but align.method=full trains no adapters; set align.method=lora"
+        )
 
 
 def _check_shares(data: DataConfig, align: AlignConfig) -> None:

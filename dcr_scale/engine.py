@@ -208,6 +208,7 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
+        mark_leaves(module)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=adamw,
@@ -358,9 +359,21 @@ class Engine:
         self._engine.destroy()
 
 
+def mark_leaves(module: nn.Module) -> None:
+    """Have ZeRO-3 gather a block of experts at once where each expert is a module.
+
+    Tokens take ranks through different experts, and gathering one by one they would wait for each other for ever.
+    Experts that transformers fuses into 3-D parameters are one module as they are.
+    """
+    for block in module.modules():
+        if any("expert" in name and isinstance(child, nn.ModuleList) for name, child in block.named_children()):
+            deepspeed.utils.set_z3_leaf_module(block, True)
+
+
 def inference_engine(module: nn.Module, settings: EngineConfig, world: World) -> nn.Module:
     """Run a partitioned module's forward passes under ZeRO-3, without an optimiser."""
     dtype = compute_dtype(settings, world.device)
+    mark_leaves(module)
     engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config(settings, None, dtype, world.device))
     engine.eval()
     return engine

@@ -15,6 +15,7 @@ _STAGES = {
     "refined": "stage 1 of DCR (contrastive refinement): its activations tell toxic from seemingly toxic prompts. "
     "It has had no safety alignment yet.",
     "aligned": "safety alignment by supervised fine-tuning",
+    "adapter": "safety alignment by supervised fine-tuning, as a LoRA adapter of the model it was trained on",
 }
 
 
@@ -22,18 +23,19 @@ def model_card(config: Config, stage: str, source: Path, facts: Mapping[str, Any
     """Markdown with the run's facts.
 
     Args:
-        stage: ``refined`` or ``aligned``.
+        stage: ``refined``, ``aligned`` or ``adapter``.
         source: the checkpoint the run started from.
         facts: what each stage did so far, as in ``summary.json``.
         looks: what was seen before this checkpoint was written.
     """
     after = ""
-    if stage == "aligned":
+    if stage != "refined":
         after = " after contrastive refinement (DCR)" if config.refine is not None else ", without refinement (STL)"
+    library = "peft" if stage == "adapter" else "transformers"
     tree = typed_yaml.to_tree(config)
     settings = {name: tree[name] for name in ("data", "refine", "align") if tree[name] is not None}
     sections = [
-        f"---\nbase_model: {json.dumps(source.name)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\nbase_model: {json.dumps(source.name)}\nlibrary_name: {library}\npipeline_tag: text-generation\n"
         "tags:\n- dcr\n- safety\n- over-refusal\n---",
         f"# {config.run.name}: {source.name}, {stage}",
         f"This checkpoint is `{source.name}` after {_STAGES[stage]}{after}. Made by dcr-scale; the method is "

@@ -30,6 +30,7 @@ from dcr_scale.evaluation.audit import Audit, audit
 from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.look import Look, Looker, table
 from dcr_scale.model_card import model_card
+from dcr_scale.models.adapter import export_adapter
 from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.models.export import export_checkpoint
 from dcr_scale.models.loading import find_source, read_tokenizer
@@ -133,8 +134,9 @@ class Run:
                 model = self._refine(model, self.config.refine)
                 self._look("refined", model)
             if self.config.align is not None:
-                model = self._align(model, self.config.align)
-                self._look("aligned", model)
+                aligned = self._align(model, self.config.align)
+                if aligned is not None:
+                    self._look("aligned", aligned)
             return self._summarise()
 
     # --- the stages --------------------------------------------------------------------------------------------
@@ -175,9 +177,11 @@ class Run:
         self._finish("refine", began, checkpoints)
         return self._open(folder)
 
-    def _align(self, model: StoredModel, settings: AlignConfig) -> StoredModel:
+    def _align(self, model: StoredModel, settings: AlignConfig) -> StoredModel | None:
+        """The aligned model, merged; None where only its adapters are wanted."""
+        merged = settings.method == "full" or settings.lora.export != "adapter"
         if self.progress.done("align"):
-            return self._open(self.folder.path / "aligned")
+            return self._open(self.folder.path / "aligned") if merged else None
         began, checkpoints = time.perf_counter(), self.folder.begin_stage("align")
         refusals = sum(instruction.refusal for instruction in self.mixture)
         log.info("stage 2: safety alignment on %d examples, %d of them refusals", len(self.examples), refusals)
@@ -193,11 +197,14 @@ class Run:
             "last_loss": round(result.last_loss, 5),
         }
         aligner.close()
-        deltas = lora_deltas(aligner.model, engines.whole) if settings.method == "lora" else None
-        folder = self._export("aligned", model, aligner.changed(), deltas)
+        if settings.method == "lora" and settings.lora.export != "merged":
+            self._export_adapter(aligner, settings, model.checkpoint.folder)
+        if merged:
+            deltas = lora_deltas(aligner.model, engines.whole) if settings.method == "lora" else None
+            self._export("aligned", model, aligner.changed(), deltas)
         del aligner
         self._finish("align", began, checkpoints)
-        return self._open(folder)
+        return self._open(self.folder.path / "aligned") if merged else None
 
     def _look(self, name: str, model: StoredModel) -> None:
         part = f"look_{name}"
@@ -321,6 +328,15 @@ class Run:
         )  # fmt: skip
         log.info("wrote %s", folder)
         return folder
+
+    def _export_adapter(self, aligner: Aligner, settings: AlignConfig, base: Path) -> None:
+        folder = self.folder.path / "adapter"
+        card = model_card(self.config, "adapter", self.source, self.facts, self.looks)
+        export_adapter(
+            folder, aligner.model, settings.lora, str(base), world=self.world, gather=engines.whole,
+            extra_files={"README.md": card},
+        )  # fmt: skip
+        log.info("wrote %s, which belongs to %s", folder, base)
 
     def _announce(self) -> None:
         log.info(

@@ -34,6 +34,7 @@ from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import Trunk, depth
 from dcr_scale.models.verified_loading import load_verified
+from dcr_scale.profiling import traced
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.retention import Retention
 from dcr_scale.runlog import RunLog
@@ -160,22 +161,24 @@ class Refiner:
             if self.probe is not None:
                 self.probe.restore(saved["probe"])
         self.runlog.start()
-        for step in range(done, self.settings.steps):
-            self.train_step(step)
-            last = step + 1 == self.settings.steps
-            reason = None
-            if last or (step + 1) % self.settings.stop.every == 0:
-                with self.runlog.paused():
-                    after = self.look(step + 1)
-                reason = stop.reason(after.cross)
-            self.measure(step + 1, ended=reason is not None)
-            if reason is not None:
-                ended = reason
-                break
-            if self.checkpoints is not None and not last:
-                with self.runlog.paused():
-                    own = partial(self._own_state, step + 1, before, after, stop)
-                    self.checkpoints.after_step(self.engine, step + 1, own)
+        with traced(self.config.profile, self.config.run.folder, "refine", self.world) as traced_step:
+            for step in range(done, self.settings.steps):
+                self.train_step(step)
+                traced_step()
+                last = step + 1 == self.settings.steps
+                reason = None
+                if last or (step + 1) % self.settings.stop.every == 0:
+                    with self.runlog.paused():
+                        after = self.look(step + 1)
+                    reason = stop.reason(after.cross)
+                self.measure(step + 1, ended=reason is not None)
+                if reason is not None:
+                    ended = reason
+                    break
+                if self.checkpoints is not None and not last:
+                    with self.runlog.paused():
+                        own = partial(self._own_state, step + 1, before, after, stop)
+                        self.checkpoints.after_step(self.engine, step + 1, own)
         log.info("stage 1 ended after %d updates: %s", self.engine.applied, ended)
         return Refined(self.engine.applied, ended, before, after)
 
