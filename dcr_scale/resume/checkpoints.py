@@ -126,7 +126,7 @@ class StageCheckpoints:
         after ``step``, as JSON can hold it. Raises Preempted on all ranks once everything is saved.
         """
         reason = self.stop.requested(self.world)
-        due = bool(self.settings.every) and step % self.settings.every == 0
+        due = _every(self.settings.every, step)
         if due or reason:
             self._save(engine, step, own())
         if reason:
@@ -207,12 +207,17 @@ class StageCheckpoints:
                 shutil.rmtree(path)
 
     def _kept_for_good(self, step: int) -> bool:
-        return bool(self.settings.keep_every) and step % self.settings.keep_every == 0
+        return _every(self.settings.keep_every, step)
 
     def _step_of(self, path: Path) -> int | None:
         """The step of one of this stage's complete checkpoints; None for anything else."""
         found = _NAME.fullmatch(path.name)
         return int(found["step"]) if found is not None and found["stage"] == self.stage else None
+
+
+def _every(count: int | None, step: int) -> bool:
+    """Whether ``step`` is one of every so many; None or 0 is never."""
+    return count is not None and count > 0 and step % count == 0
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
