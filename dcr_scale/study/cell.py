@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -28,8 +29,10 @@ from dcr_scale.config import Config, Label, ModelConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.data.contrast import load_contrast
 from dcr_scale.errors import UserError
-from dcr_scale.evaluation.completions import Answer, CompletionStore
+from dcr_scale.evaluation import judge
+from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
 from dcr_scale.evaluation.harness import evaluate_suites
+from dcr_scale.evaluation.identity import digest
 from dcr_scale.evaluation.perplexity import perplexity
 from dcr_scale.models.cache import build_once
 from dcr_scale.models.checkpoint import resolve
@@ -73,7 +76,12 @@ class Study:
         return self.records / f"{cell.name}.json"
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's record, None where there is none. Raises UserError for one that was made by other settings."""
+        """The cell's record by today's judge, None where there is none. Raises UserError for one that was made by other
+        settings."""
+        record = self._recorded(cell)
+        return record if record is not None and record.get("judge") == judge_digest() else None
+
+    def _recorded(self, cell: Cell) -> dict[str, Any] | None:
         path = self.record(cell)
         if not path.is_file():
             return None
@@ -110,11 +118,14 @@ class Study:
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The cell's record, from disk where it has been finished before."""
-        path, kept = self.record(cell), self.finished(cell)
+        kept = self.finished(cell)
         if kept is not None:
             return kept
         began = time.perf_counter()
         world = from_environment()
+        kept = self._judged_anew(cell, world)
+        if kept is not None:
+            return self._write(cell, kept)
         method = METHODS[cell.method]
         trained, facts = self._train(cell, method)
         steering = self._steering(cell, trained)
@@ -123,6 +134,7 @@ class Study:
         record = {
             "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
             "made_by": self.made_by(cell),
+            "judge": judge_digest(),
             **facts,
             **found,
             "seconds": {
@@ -134,13 +146,32 @@ class Study:
             "threads": torch.get_num_threads(),
             **versions(),
         }
-        self.records.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.rename(path)
+        self._write(cell, record)
         if method.steering is None and cell.method != "stl":
             shutil.rmtree(trained.parent)  # nobody asks for it again, and checkpoints are large
         return record
+
+    def _write(self, cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
+        self.records.mkdir(parents=True, exist_ok=True)
+        path = self.record(cell)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.rename(path)
+        return record
+
+    def _judged_anew(self, cell: Cell, world: World) -> dict[str, Any] | None:
+        """The record of an earlier judge with today's verdicts on the answers that are kept, where they all are."""
+        record = self._recorded(cell)
+        if record is None:
+            return None
+        kept = self._store(cell, world).kept(self.data.suites)
+        if any(prompt.id not in kept for prompts in self.data.suites.values() for prompt in prompts):
+            return None
+        verdicts = {
+            name: _verdicts([judged(prompt, *kept[prompt.id]) for prompt in prompts])
+            for name, prompts in self.data.suites.items()
+        }
+        return {**record, "judge": judge_digest(), "suites": verdicts}
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -255,12 +286,7 @@ class Study:
 
     def _judge(self, cell: Cell, folder: Path, steering: baselines.Steering | None, world: World) -> dict[str, Any]:
         model, encoder = _load(folder)
-        # A cell that was cut off goes on with the answers it has; they stay in the work folder, to be looked at.
-        store = CompletionStore(
-            self.work / "answers" / f"{cell.name}_{self.made_by(cell)}",
-            {"model": str(folder), "max_new_tokens": self.max_new_tokens},
-            world,
-        )
+        store = self._store(cell, world)
         result = evaluate_suites(
             model, encoder, self.data.suites,
             max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, steering=steering, store=store,
@@ -273,10 +299,25 @@ class Study:
             "generated_tokens": result.tokens,
         }
 
+    def _store(self, cell: Cell, world: World) -> CompletionStore:
+        """The cell's answers: one that was cut off goes on with those it has; they stay, to be looked at."""
+        folder = self._folder("answers", cell)
+        settings = {
+            "model": str(self.work / "aligned" / folder.name / "aligned"),
+            "max_new_tokens": self.max_new_tokens,
+        }
+        return CompletionStore(folder, settings, world)
+
     def _examples(self, encoder: ChatEncoder) -> list[EncodedExample]:
         answered = [prompt for prompts in self.data.suites.values() for prompt in prompts if prompt.response]
         encoded = [encoder.encode_example(p.text, p.response, max_tokens=256) for p in answered]
         return [example for example in encoded if example is not None]
+
+
+@cache
+def judge_digest() -> str:
+    """Of the judge's weights: verdicts of two judges are not compared."""
+    return digest(judge.WEIGHTS.read_bytes())
 
 
 def _ends(summary: dict[str, Any], stage: str) -> dict[str, Any]:
