@@ -7,16 +7,19 @@ Runs under deepspeed, torchrun or srun, or alone. Run again, it goes on where it
 from __future__ import annotations
 
 import argparse
+import os
 
 from dcr_scale import typed_yaml
 from dcr_scale.command_line import exit_code, first_rank, leave
-from dcr_scale.config import load_config
+from dcr_scale.config import Config, load_config
+from dcr_scale.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; configs/ has one per kind of run")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and what would run")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings, what would run, and what it takes")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: plan for N (default: the launcher's)")
     parser.add_argument("--fresh", action="store_true", help="begin anew: remove what the run's folder holds of it")
     parser.add_argument("--accept-changes", action="store_true", help="go on though settings or data have changed")
     # The deepspeed launcher puts it in front; ranks are read from the environment.
@@ -31,14 +34,24 @@ def refine() -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if first_rank():
-            print(typed_yaml.dump(config), end="\n")
-            from dcr_scale.run_data import describe
-
-            print(describe(config))
+            dry_run(config, arguments.gpus or int(os.environ.get("WORLD_SIZE", "1")))
         return
     from dcr_scale.pipeline import run
 
     run(config, fresh=arguments.fresh, accept_changes=arguments.accept_changes)
+
+
+def dry_run(config: Config, gpus: int) -> None:
+    """Settings, data, and the plan of ``launchers/plan.py``, where the model's shape is known without its weights."""
+    print(typed_yaml.dump(config))
+    from dcr_scale.planning import describe_plan
+    from dcr_scale.run_data import describe
+
+    print(describe(config), end="\n\n")
+    try:
+        print(describe_plan(config, gpus))
+    except UserError as error:
+        print(f"no plan: {error}")
 
 
 def main() -> int:

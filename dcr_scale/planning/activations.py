@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale.align import ResponseLoss
 from dcr_scale.config import AlignConfig, ModelConfig, RefineConfig
@@ -139,7 +139,7 @@ def _count(build: Callable[[int], nn.Module], loss: Callable[[nn.Module], Tensor
     return Activations(saved.total, max(0, allocated.peak - saved.total))
 
 
-def _checkpointed(module: nn.Module, network: nn.Module, model: ModelConfig) -> nn.Module:
+def _checkpointed(module: nn.Module, network: PreTrainedModel, model: ModelConfig) -> nn.Module:
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return module

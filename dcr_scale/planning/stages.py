@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,7 @@ class Planner:
             # torch describes its grouped products in bf16 alone; in float32 everything is twice as large.
             routed = any(use.kind == "experts" for use in self.modules[name].uses)
             dtype = torch.bfloat16 if routed else self.dtype
-            shared = {"prefix": work.prefix, "attention": self.attention, "dtype": dtype}
+            shared: dict[str, Any] = {"prefix": work.prefix, "attention": self.attention, "dtype": dtype}
             model, config = self.config.model, self.model.config
             if name == "refine":
                 assert self.config.refine is not None
