@@ -54,7 +54,8 @@ class Columns:
 
 @dataclass
 class Source:
-    """Where prompts come from: ``builtin``, a JSONL, CSV or Parquet file, or ``hub:owner/name``."""
+    """Where prompts come from: ``builtin``, a JSONL, CSV or Parquet file, or ``hub:owner/name``. In ``data.contrast``
+    also ``general``: the prompts of ``data.general`` that are trained on."""
 
     path: str = setting("builtin", "builtin, a .jsonl, .csv or .parquet file, or hub:owner/name")
     split: str = setting("train", "split of a Hub data set")
@@ -101,7 +102,9 @@ class OptimizerConfig:
 
 @dataclass
 class LossConfig:
-    name: Literal["circle", "supcon"] = setting("circle", "contrastive loss over the global batch")
+    name: Literal["circle", "supcon"] = setting(
+        "supcon", "contrastive loss over the global batch; the paper's is circle (docs/study.md compares them)"
+    )
     margin: float = setting(0.25, "Circle loss: relaxation m", at_least=0, at_most=1)
     gamma: float = setting(32.0, "Circle loss: scale γ", above=0)
     temperature: float = setting(0.1, "SupCon: temperature τ", above=0)

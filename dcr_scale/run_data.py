@@ -11,11 +11,11 @@ from dcr_scale.data.instructions import (
     Instruction,
     InstructionSet,
     build_mixture,
-    check_leakage,
     load_answered,
     load_general,
     load_refusals,
 )
+from dcr_scale.data.leakage import check_leakage
 
 
 @dataclass(frozen=True)

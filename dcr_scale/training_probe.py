@@ -20,15 +20,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dcr_scale.config import ProbeConfig
+from dcr_scale.config import Label, ProbeConfig
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts
+from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts, telling
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.refusal_probability import OpeningTree, opening_masses
 from dcr_scale.probe import KernelProbe, KernelSimilarity
@@ -72,9 +72,8 @@ class TrainingProbe:
         self.settings, self.world = settings, world
         self.pairs = choose_pairs(contrast, general, settings.pairs)
         self.asked: dict[str, list[list[int]]] = {}
-        for label in ("seemingly_toxic", "toxic"):
-            sides = zip(contrast.prompts, contrast.ids, strict=True)
-            self.asked[label] = [ids for prompt, ids in sides if prompt.label == label][: settings.prompts]
+        for label in get_args(Label):
+            self.asked[label] = [ids for _, ids in telling(contrast, label)[: settings.prompts]]
         self.asked["general"] = list(general[: settings.prompts])
         self.sequences = list(dict.fromkeys(ids for pairs in self.pairs.values() for pair in pairs for ids in pair))
         self.described = describe_prompts(self.sequences, contrast)

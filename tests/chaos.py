@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-
 from interrupted import outcome
 from toy import launcher_command, toy_checkpoint, toy_settings, write_config
 

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
-from dcr_scale.config import DataConfig, Label
+from dcr_scale.config import ContrastSource, DataConfig, Label
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.data.sources import quoted, read_rows
+from dcr_scale.data.instructions import load_general
+from dcr_scale.data.sources import Row, listed, quoted, read_rows
 from dcr_scale.data.splitting import draw, normalised, split_by_family
 from dcr_scale.errors import UserError
+
+# The source that is the run's own general instructions.
+GENERAL = "general"
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,17 @@ class EncodedContrast:
     heldout: EncodedPrompts
 
 
+def telling(prompts: EncodedPrompts, label: Label) -> list[tuple[ContrastPrompt, list[int]]]:
+    """The prompts of a class that show what a model makes of it, with their token ids: general instructions on the
+    seemingly toxic side look like nothing of the kind. They count where there are no others."""
+    mine = [both for both in zip(prompts.prompts, prompts.ids, strict=True) if both[0].label == label]
+    return [both for both in mine if both[0].source != GENERAL] or mine
+
+
 def load_contrast(data: DataConfig, seed: int) -> ContrastSet:
     """Read ``data.contrast``, drop duplicates within a class, and hold families out.
+
+    The source ``general`` is the training side of ``data.general``: what is held out there stays unseen.
 
     A prompt without a family belongs to its pair's, and without a pair is one by itself; families of one name
     in several sources are one family. Raises UserError for unreadable sources, a prompt that is in both
@@ -59,7 +72,8 @@ def load_contrast(data: DataConfig, seed: int) -> ContrastSet:
     """
     prompts: list[ContrastPrompt] = []
     for source in data.contrast:
-        rows = [_prompt(row.values, source.path, row.where) for row in read_rows(source, kind="contrast")]
+        found = _general_rows(data, source, seed) if source.path == GENERAL else read_rows(source, kind="contrast")
+        rows = [_prompt(row.values, source.path, row.where) for row in found]
         prompts += draw(rows, source.limit, _unit, seed=seed, purpose="limit")
     prompts = _without_duplicates(prompts)
     _check_both_classes(prompts, "data.contrast", "add a source that has some, or check labels")
@@ -104,6 +118,15 @@ def _encode(prompts: Sequence[ContrastPrompt], encoder: ChatEncoder, what: str) 
         if not any(prompt.label == label for prompt, _ in kept):
             raise UserError(f"{what}: no {label} prompt is left within data.max_prompt_tokens")
     return EncodedPrompts(tuple(prompt for prompt, _ in kept), tuple(ids for _, ids in kept))
+
+
+def _general_rows(data: DataConfig, source: ContrastSource, seed: int) -> list[Row]:
+    if source.label is None:
+        raise UserError("data.contrast: the source general has no labels; give it label: seemingly_toxic")
+    blank = {"pair": "", "category": "", "label": source.label}
+    return [
+        Row({"prompt": one.prompt, "family": one.family, **blank}, one.where) for one in load_general(data, seed).train
+    ]
 
 
 def _prompt(values: dict[str, str], source: str, where: str) -> ContrastPrompt:
@@ -158,9 +181,3 @@ def _check_pairs(prompts: Sequence[ContrastPrompt]) -> None:
                 f"data.contrast: pair {quoted(prompt.pair)} lies in two families, {quoted(other.family)} "
                 f"({other.where}) and {quoted(prompt.family)} ({prompt.where}); put both sides in one"
             )
-
-
-def listed(found: Sequence[str], most: int = 3) -> str:
-    """The first few findings and how many there are in all, for error messages."""
-    more = f" … {len(found)} in all" if len(found) > most else ""
-    return "; ".join(found[:most]) + more

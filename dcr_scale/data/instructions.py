@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
 from dcr_scale.config import DataConfig, Source
-from dcr_scale.data.contrast import ContrastPrompt, ContrastSet, listed
-from dcr_scale.data.sources import quoted, read_rows
-from dcr_scale.data.splitting import draw, normalised, seeded_order, split_by_family
+from dcr_scale.data.sources import listed, read_rows
+from dcr_scale.data.splitting import draw, normalised, seeded_order, shared_prompts, split_by_family
 from dcr_scale.errors import UserError
 
 
@@ -68,7 +67,8 @@ def _load(
             f"data.{kind}: found {len(examples)} examples, all of one family; at least two families are needed, "
             f"one to train on and one to hold out"
         )
-    if shared := _shared(train, heldout):
+    sides = ([(one.prompt, one.where or one.source) for one in side] for side in (train, heldout))
+    if shared := shared_prompts(*sides):
         raise UserError(
             f"data.{kind}: prompts in families on both sides of the held-out split: {listed(shared)}; give "
             f"both rows one family"
@@ -102,44 +102,6 @@ def _read(sources: Sequence[Source], kind: Literal["general", "refusals"], seed:
 
 def _key(instruction: Instruction) -> str:
     return f"{instruction.prompt}\x1f{instruction.response}"
-
-
-def check_leakage(contrast: ContrastSet, refusals: InstructionSet, answered: Sequence[Instruction] = ()) -> None:
-    """Raise UserError where a prompt, in normal form, is where it must not be.
-
-    The stages must not share toxic prompts, neither training nor held-out ones, and what stage 1 calls seemingly
-    toxic must not be refused in stage 2. What STL-aug answers must not be refused, toxic or held out; stage 1 may train
-    on it too. Within a stage the split by family keeps the two sides apart.
-    """
-    toxic = [prompt for prompt in contrast.train if prompt.label == "toxic"]
-    if shared := _shared([*toxic, *contrast.heldout, *refusals.train, *refusals.heldout], answered):
-        raise UserError(
-            f"data.answered: prompts that are held out, toxic or refused elsewhere: {listed(shared)}; remove them there"
-        )
-    stage_2 = [*refusals.train, *refusals.heldout]
-    for label in ("toxic", "seemingly_toxic"):
-        stage_1 = [prompt for prompt in (*contrast.train, *contrast.heldout) if prompt.label == label]
-        if shared := _shared(stage_1, stage_2):
-            raise UserError(
-                f"stage 1's {label} prompts are refused in stage 2 too: {listed(shared)}; remove them from "
-                f"data.contrast or data.refusals"
-            )
-
-
-def _shared(some: Iterable[ContrastPrompt | Instruction], others: Iterable[ContrastPrompt | Instruction]) -> list[str]:
-    """Each text whose normal form is in both, with where it is in either."""
-    by_form = {normalised(_text(item)): item for item in some}
-    found: dict[str, str] = {}
-    for other in others:
-        form = normalised(_text(other))
-        if form in by_form:
-            places = "; ".join(item.where or item.source for item in (by_form[form], other))
-            found.setdefault(form, f"{quoted(_text(other))} ({places})")
-    return list(found.values())
-
-
-def _text(item: ContrastPrompt | Instruction) -> str:
-    return item.text if isinstance(item, ContrastPrompt) else item.prompt
 
 
 def build_mixture(

@@ -10,7 +10,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -102,6 +102,12 @@ def read_columns(source: Source) -> list[str]:
 def quoted(text: str, width: int = 60) -> str:
     """A text's beginning in quotes on one line, for error messages."""
     return f"'{_one_line(text, width)}'"
+
+
+def listed(found: Sequence[str], most: int = 3) -> str:
+    """The first few findings and how many there are in all, for error messages."""
+    more = f" … {len(found)} in all" if len(found) > most else ""
+    return "; ".join(found[:most]) + more
 
 
 # --- formats ------------------------------------------------------------------------------------------------

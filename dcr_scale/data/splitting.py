@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from dcr_scale.data.sources import quoted
+
 Item = TypeVar("Item")
 
 
@@ -154,3 +156,14 @@ def split_by_family(
             room -= counts
             heldout += together
     return tuple(train), tuple(heldout)
+
+
+def shared_prompts(some: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]]) -> list[str]:
+    """Prompts (text, where it is) whose normal form is in both, quoted, with where each is in either."""
+    by_form = {normalised(text): where for text, where in some}
+    found: dict[str, str] = {}
+    for text, where in others:
+        form = normalised(text)
+        if form in by_form:
+            found.setdefault(form, f"{quoted(text)} ({by_form[form]}; {where})")
+    return list(found.values())

@@ -17,7 +17,7 @@ from dcr_scale import engine as engines
 from dcr_scale.align import ResponseLoss
 from dcr_scale.config import Config, Label
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts
+from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts, telling
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.data.packing import micro_batches, pack
 from dcr_scale.errors import UserError
@@ -240,8 +240,7 @@ class Looker:
             questions.append(Question(prompt, ids, asked.source, asked.family))
 
         for label in get_args(Label):
-            sides = zip(self.contrast.prompts, self.contrast.ids, strict=True)
-            for prompt, ids in [side for side in sides if side[0].label == label][: self.config.look.prompts]:
+            for prompt, ids in telling(self.contrast, label)[: self.config.look.prompts]:
                 ask(prompt, label, prompt.text, ids)
         encoded = encoder.encode_prompts([example.prompt for example in general], "held-out general prompts")
         for example, fitting in zip(general, encoded, strict=True):

@@ -15,7 +15,15 @@ from toy import toy_tokenizer
 
 from dcr_scale.config import ContrastSource, DataConfig, Label
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.data.contrast import ContrastPrompt, ContrastSet, encode_contrast, load_contrast
+from dcr_scale.data.contrast import (
+    ContrastPrompt,
+    ContrastSet,
+    EncodedPrompts,
+    encode_contrast,
+    load_contrast,
+    telling,
+)
+from dcr_scale.data.instructions import load_general
 from dcr_scale.data.splitting import normalised, split_by_family
 from dcr_scale.errors import UserError
 
@@ -262,3 +270,21 @@ def test_texts_that_do_not(one: str, other: str) -> None:
 @given(st.text())
 def test_the_normal_form_is_its_own_normal_form(text: str) -> None:
     assert normalised(normalised(text)) == normalised(text)
+
+
+def test_general_instructions_can_be_the_safe_side_and_what_is_held_out_of_them_stays_unseen() -> None:
+    data = DataConfig(contrast=[ContrastSource(), ContrastSource(path="general", label="seemingly_toxic", limit=50)])
+    found, general = load_contrast(data, seed=0), load_general(data, seed=0)
+    taken = [prompt for prompt in (*found.train, *found.heldout) if prompt.source == "general"]
+    assert len(taken) == 50 and {prompt.label for prompt in taken} == {"seemingly_toxic"}
+    assert {prompt.text for prompt in taken} <= {one.prompt for one in general.train}
+    assert not {prompt.text for prompt in taken} & {one.prompt for one in general.heldout}
+    encoded = EncodedPrompts(found.heldout, tuple([1] for _ in found.heldout))
+    assert "general" not in {prompt.source for prompt, _ in telling(encoded, "seemingly_toxic")}
+    alone = EncodedPrompts(tuple(taken), tuple([1] for _ in taken))
+    assert len(telling(alone, "seemingly_toxic")) == 50, "where there are no others, they count"
+
+
+def test_general_instructions_need_a_class() -> None:
+    with pytest.raises(UserError, match="give it label: seemingly_toxic"):
+        load_contrast(DataConfig(contrast=[ContrastSource(), ContrastSource(path="general")]), seed=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dcr_scale.config import DataConfig
 from dcr_scale.data.contrast import load_contrast
-from dcr_scale.data.instructions import build_mixture, check_leakage, load_general, load_refusals
+from dcr_scale.data.instructions import build_mixture, load_general, load_refusals
+from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.sampler import ContrastSampler
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from dcr_scale.config import ContrastSource, DataConfig, Source
 from dcr_scale.data.contrast import load_contrast
-from dcr_scale.data.instructions import build_mixture, check_leakage, load_general, load_refusals
+from dcr_scale.data.instructions import build_mixture, load_general, load_refusals
+from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.sources import read_rows
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

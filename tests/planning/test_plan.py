@@ -118,7 +118,7 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
 
 
 def test_a_batch_in_two_passes_keeps_one_pack_and_gathers_more() -> None:
-    config = load_config(REPOSITORY / "configs" / "smollm2.yaml", ["align=null", "refine.micro_batch_tokens=400"])
+    config = load_config(REPOSITORY / "configs" / "smollm2.yaml", ["align=null", "refine.batch_size=128", "refine.micro_batch_tokens=400"])
     base = plan("smollm2", 2)["refine"]
     (stage,) = Planner(config, planner("smollm2").model, planner("smollm2").lengths).plan(base.cluster)
     assert stage.work.twice and len(stage.work.packs) > 2
