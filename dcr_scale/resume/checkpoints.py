@@ -20,6 +20,7 @@ from typing import Any
 from dcr_scale.config import CheckpointConfig
 from dcr_scale.engine import Engine
 from dcr_scale.errors import Preempted, UserError
+from dcr_scale.models import disk
 from dcr_scale.resume import training_state
 from dcr_scale.resume.status import Status
 from dcr_scale.resume.stop import StopRequest
@@ -173,12 +174,13 @@ class StageCheckpoints:
             }
             with self.world.agreed(partial):
                 if self.world.first:
-                    _write_durably(partial / "state.json", json.dumps(state))
-                    _sync(partial)
+                    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                    disk.sync(partial / "state.json")
+                    disk.sync(partial)
                     # Left by a checkpoint of the same step that was found damaged.
                     shutil.rmtree(path, ignore_errors=True)
                     os.rename(partial, path)
-                    _sync(self.folder)
+                    disk.sync(self.folder)
                     self._prune(step)
         except UserError:
             if self.world.first:
@@ -233,18 +235,3 @@ def _read_state(path: Path) -> dict[str, Any] | None:
             "install that version"
         )
     return state
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

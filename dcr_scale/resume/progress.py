@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr_scale.errors import UserError
+from dcr_scale.models import disk
 from dcr_scale.world import World
 
 FILE = "progress.json"
@@ -110,11 +111,10 @@ class Progress:
             if self.world.first:
                 partial = path.with_suffix(".partial")
                 tree = {"format": FORMAT, "id": self.id, "about": self.about, "parts": self.parts, "kept": self.kept}
-                with partial.open("w", encoding="utf-8") as file:
-                    json.dump(tree, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                partial.write_text(json.dumps(tree), encoding="utf-8")
+                disk.sync(partial)
                 os.replace(partial, path)
+                disk.sync(self.folder)
 
     def _compare(self, before: dict[str, Any]) -> None:
         differences = [

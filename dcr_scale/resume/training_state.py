@@ -21,12 +21,14 @@ import torch.distributed as dist
 
 from dcr_scale.engine import STATES, Engine
 from dcr_scale.errors import UserError
-from dcr_scale.models.checkpoint import CHUNK_BYTES, Checkpoint
+from dcr_scale.models import disk
+from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.resume.checksum import partial_checksum, wrapped
 from dcr_scale.world import World
 
 FILE = "training_state.safetensors"
-_CHUNK = CHUNK_BYTES // 4
+# Elements at once.
+_CHUNK = disk.CHUNK_BYTES // 4
 
 Checksums = dict[str, int]
 
@@ -58,8 +60,7 @@ def write_own(engine: Engine, folder: Path, world: World) -> Checksums:
     path, parts = folder / FILE, []
     with world.agreed(path):
         stored = Checkpoint.of_file(path)
-        descriptor = os.open(path, os.O_RDWR)
-        try:
+        with disk.descriptor(path, os.O_RDWR) as opened:
             for name, _, key in _tensors(engine):
                 start, values = engine.own_state(name, key)
                 begins = stored.tensors[f"{name}.{key}"].start
@@ -67,11 +68,9 @@ def write_own(engine: Engine, folder: Path, world: World) -> Checksums:
                 for at in range(0, values.numel(), _CHUNK):
                     chunk = values[at : at + _CHUNK].contiguous()
                     checksum += partial_checksum(chunk, start + at)
-                    _pwrite(descriptor, chunk.cpu(), begins + 4 * (start + at))
+                    disk.write(opened, disk.bytes_of(chunk.cpu()), begins + 4 * (start + at))
                 parts.append(checksum)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            os.fsync(opened)
     return _added_up(engine, parts, world)
 
 
@@ -111,10 +110,3 @@ def _added_up(engine: Engine, parts: list[int], world: World) -> Checksums:
     if world.size > 1:
         dist.all_reduce(totals)  # which wraps around, as it should
     return {f"{name}.{key}": total for (name, _, key), total in zip(_tensors(engine), totals.tolist(), strict=True)}
-
-
-def _pwrite(descriptor: int, values: torch.Tensor, offset: int) -> None:
-    view = values.view(torch.uint8).numpy().data
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)

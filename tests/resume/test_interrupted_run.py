@@ -18,7 +18,8 @@ from toy import toy_checkpoint, toy_settings, write_config
 from dcr_scale import pipeline
 from dcr_scale.config import load_config
 from dcr_scale.errors import Preempted, UserError
-from dcr_scale.resume import run_lock, training_state
+from dcr_scale.models import disk
+from dcr_scale.resume import run_lock
 from dcr_scale.resume.training_state import FILE as TRAINING_STATE
 from dcr_scale.world import World
 
@@ -186,7 +187,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
 
     real = os.pwrite
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"No space left on device.*free space"):
-        patched.setattr(training_state.os, "pwrite", pwrite)
+        patched.setattr(disk.os, "pwrite", pwrite)
         begin(config, halfway, *SHORT)
     assert checkpoints(halfway) == ["refine-00000002", "refine-00000003"]
     begin(config, halfway, *SHORT)
