@@ -182,6 +182,8 @@ class Study:
         assert config.refine is not None and config.align is not None
         for key, value in method.refine.items():
             _assign(config.refine, key, value)
+        for key, value in method.align.items():
+            _assign(config.align, key, value)
         config.align.refusal_share = cell.share
         # Stage 2 needs no contrast prompts, but its toxic prompts must not be stage 1's.
         recipe = self.data.contrast[method.contrast or "mixed"]

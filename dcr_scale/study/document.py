@@ -167,7 +167,8 @@ def kernel(records: Sequence[Mapping[str, Any]]) -> str:
                 shown = [f"{ends[end][kind]:.3f} ± {ends[end][f'{kind}_stderr']:.3f}" for end in ("first", "last")]
                 name = METHODS[record["cell"]["method"]].title
                 rows.append((name, str(record["cell"]["seed"]), stage, kind.removeprefix("kernel/"), *shown))
-    return _table(rows)
+    # All shares of a seed have one stage 1.
+    return _table(list(dict.fromkeys(rows)))
 
 
 def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> str:
@@ -177,7 +178,7 @@ def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> 
     seconds = sum(record["seconds"]["cell"] * record["threads"] for record in records)
     libraries = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
-        f"{len(records)} cells, {duration(seconds)} of core time on {first['device']} ({libraries}). "
+        f"{len(records)} cells, {duration(seconds)} on a core each, shared with other work, of {first['device']} ({libraries}). "
         f"Prompts of the suites: {sizes}."
     )
 

@@ -12,7 +12,15 @@ SEEDS = (0, 1, 2)
 # All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
 _REPEATED = ("stl", "dcr")
 _ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_circle")
-_SECOND = ("dcr_without_general", "dcr_retained", "dcr_layer_8", "dcr_layer_24", "dcr_toxic_third")
+_SECOND = (
+    "dcr_above",
+    "stl_above",
+    "dcr_without_general",
+    "dcr_retained",
+    "dcr_layer_8",
+    "dcr_layer_24",
+    "dcr_toxic_third",
+)
 
 
 @dataclass(frozen=True, order=True)

@@ -15,6 +15,7 @@ class Method:
         title: what tables call it.
         contrast: the recipe of stage 1's prompts (:class:`dcr_scale.study.data.StudyData`); None: no stage 1.
         refine: what it changes in the configuration's ``refine``, by dotted key.
+        align: the same in ``align``.
         answered: stage 2 also sees seemingly toxic prompts with answers.
         steering: an inference-time method on the model of plain safety tuning (STL).
     """
@@ -22,9 +23,20 @@ class Method:
     title: str
     contrast: str | None = None
     refine: Mapping[str, Any] = field(default_factory=dict)
+    align: Mapping[str, Any] = field(default_factory=dict)
     answered: bool = False
     steering: Literal["surgical", "scans"] | None = None
 
+
+# Linear layers of SmolLM2-135M above the study's ℓ.
+_ABOVE = [
+    f"model.layers.{layer}.{linear}"
+    for layer in range(16, 30)
+    for linear in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
+]  # fmt: skip
 
 METHODS: dict[str, Method] = {
     "stl": Method("STL"),
@@ -43,5 +55,7 @@ METHODS: dict[str, Method] = {
     "dcr_retained": Method("DCR, retention weight 1", contrast="mixed", refine={"retention.weight": 1.0}),
     "dcr_layer_8": Method("DCR, ℓ = 8", contrast="mixed", refine={"layer": 8}),
     "dcr_layer_24": Method("DCR, ℓ = 24", contrast="mixed", refine={"layer": 24}),
+    "dcr_above": Method("DCR, stage 2 above ℓ alone", contrast="mixed", align={"lora.targets": _ABOVE}),
+    "stl_above": Method("STL, the same layers alone", align={"lora.targets": _ABOVE}),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }
