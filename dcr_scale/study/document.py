@@ -178,7 +178,8 @@ def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> 
     seconds = sum(record["seconds"]["cell"] * record["threads"] for record in records)
     libraries = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
-        f"{len(records)} cells, {duration(seconds)} on a core each, shared with other work, of {first['device']} ({libraries}). "
+        f"{len(records)} cells, {duration(seconds)} on a core each, shared with other work, of {first['device']} "
+        f"({libraries}). "
         f"Prompts of the suites: {sizes}."
     )
 
