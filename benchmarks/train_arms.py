@@ -192,7 +192,7 @@ def trl_steps(arm: str, config: Config, folder: Path, examples: list[EncodedExam
     if arm == "TRL packed, response rows":
         trl.trainer.utils._use_triton = lambda device: True
     mean = sum(len(example.ids) for example in examples) / len(examples)
-    # Packed rows one at a time, each as long as our micro-batch; padded ones eight at once, as its trainer does unasked.
+    # Packed rows one at a time, each as long as our micro-batch; padded ones eight at once, its trainer's default.
     rows = 1 if packed else math.gcd(batch, 8)
     accumulated = max(1, round(batch * mean / settings.micro_batch_tokens)) if packed else batch // rows
     deepspeed = engines.deepspeed_config(config.engine, settings.optimizer, dtype, world.device)
