@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from dcr_scale.data.sampler import ShuffledSampler
 from dcr_scale.errors import UserError
 from dcr_scale.models import attention
 from dcr_scale.models.packing_check import check_packing
+from dcr_scale.models.response_loss import ResponseLoss
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
 from dcr_scale.models.verified_loading import load_verified
@@ -74,38 +74,6 @@ def encode_mixture(
             f"ranks without one; at least {world_size} of both are needed"
         )
     return kept, examples
-
-
-class ResponseLoss(nn.Module):
-    """A causal language model that returns the summed cross-entropy of a pack's response tokens.
-
-    Logits are made for those tokens alone: a prompt's would be thrown away, and at a vocabulary of 128k they are the
-    largest tensors of the step.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Pack, at: Tensor | None = None) -> Tensor:
-        """Σ of −log p over the pack's labels that are not −100, a float32 scalar; with positions ``at`` (int64 [n])
-        the logits [n, V] there instead."""
-        if at is not None:
-            return self._logits(batch, at)
-        assert batch.labels is not None
-        at = batch.labels.ne(-100).nonzero()[:, 0]
-        return F.cross_entropy(self._logits(batch, at).float(), batch.labels[at], reduction="sum")
-
-    def _logits(self, batch: Pack, at: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            packing=batch.layout,
-            logits_to_keep=at,
-        )
-        return output.logits[0]
 
 
 class Aligner:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dcr_scale import engine as engines
-from dcr_scale.align import ResponseLoss
 from dcr_scale.config import Config, Label
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.data.contrast import ContrastPrompt, EncodedPrompts, telling
@@ -29,6 +28,7 @@ from dcr_scale.evaluation.rates import Rates, by_class, rounded
 from dcr_scale.evaluation.suites import CLASSES, Class, SuitePrompt
 from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
+from dcr_scale.models.response_loss import ResponseLoss
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import Trunk, depth
 from dcr_scale.models.verified_loading import load_verified

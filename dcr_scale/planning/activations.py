@@ -21,9 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dcr_scale.align import ResponseLoss
 from dcr_scale.config import AlignConfig, ModelConfig, RefineConfig
 from dcr_scale.data.packing import Pack, PackLayout
+from dcr_scale.models.response_loss import ResponseLoss
 from dcr_scale.models.trunk import Trunk, build_model, depth, truncated
 from dcr_scale.planning.modules import adapter_config
 from dcr_scale.refine import trains_embeddings
