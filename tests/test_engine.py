@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcr_scale import engine as engines
+from dcr_scale.build_lock import remove_stale_lock
 from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
 
@@ -209,9 +210,9 @@ def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     with lock.open("w"):
-        engines.remove_stale_lock(lock, age_seconds=-1.0)
+        remove_stale_lock(lock, age_seconds=-1.0)
         assert lock.exists(), "a build that runs holds its lock open"
-    engines.remove_stale_lock(lock, age_seconds=3600.0)
+    remove_stale_lock(lock, age_seconds=3600.0)
     assert lock.exists(), "a young lock may be another node's"
-    engines.remove_stale_lock(lock, age_seconds=-1.0)
+    remove_stale_lock(lock, age_seconds=-1.0)
     assert not lock.exists()

@@ -13,9 +13,6 @@ _FLOAT = 4
 
 # DeepSpeed updates so many elements of a rank's partition at once: its default sub_group_size.
 _SUB_GROUP = 1_000_000_000
-# Before an update DeepSpeed 0.19 looks for infinities in all of a rank's gradients at once, and torch makes their
-# absolute values and a truth value of each to answer that.
-_OVERFLOW_CHECK = _FLOAT + 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def plan_memory(
     gathered = (gathers.peak + gathers.copied) * element_bytes if world_size > 1 else 0
     update = 0
     if settings.offload_optimizer == "none":
-        update = max(_OVERFLOW_CHECK * trained, _FLOAT * min(trained, _SUB_GROUP + largest // world_size))
+        update = _FLOAT * min(trained, _SUB_GROUP + largest // world_size)
     beside = gathered + activations.kept
     return Memory(
         parameters=device_parameters,

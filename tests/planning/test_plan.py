@@ -118,9 +118,12 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
 
 
 def test_a_batch_in_two_passes_keeps_one_pack_and_gathers_more() -> None:
-    config = load_config(REPOSITORY / "configs" / "smollm2.yaml", ["align=null", "refine.batch_size=128", "refine.micro_batch_tokens=400"])
-    base = plan("smollm2", 2)["refine"]
-    (stage,) = Planner(config, planner("smollm2").model, planner("smollm2").lengths).plan(base.cluster)
+    cluster = plan("smollm2", 2)["refine"].cluster
+    stages = []
+    for own in ([], ["refine.micro_batch_tokens=400"]):
+        config = load_config(REPOSITORY / "configs" / "smollm2.yaml", ["align=null", "refine.batch_size=128", *own])
+        stages += Planner(config, planner("smollm2").model, planner("smollm2").lengths).plan(cluster)
+    base, stage = stages
     assert stage.work.twice and len(stage.work.packs) > 2
     assert stage.memory.activations < base.memory.activations / 2
     assert stage.traffic.parameters > 2 * base.traffic.parameters
