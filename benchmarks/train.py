@@ -1,6 +1,6 @@
 """Tokens a second, MFU and memory of both stages' steps, and stage 2 beside TRL's SFTTrainer.
 
-    python benchmarks/train.py [--ranks 1] [--rounds 2] [--steps 3] [--methods lora full] [--out FILE] [key=value ...]
+    python benchmarks/train.py [key=value ...] [--ranks 1] [--rounds 2] [--steps 3] [--methods lora full] [--out FILE]
     python benchmarks/train.py --model-shape llama3_8b --layers 12 --micro-tokens 4096 --micro-steps 4 --steps 8
 
 The first form takes configs/demo.yaml: SmolLM2-135M-Instruct and the built-in data. All arms of stage 2 train on the
