@@ -244,7 +244,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     resolved, plan = printed.split("\nmodel: ")
     (tmp_path / "pasted.yaml").write_text(resolved, encoding="utf-8")
     assert load_config(tmp_path / "pasted.yaml", []) == load_config(config, [refine])
-    assert ("stage 1: the first 2 layers, circle loss, at most 4 steps of 8 prompts" in plan) is (refine[6] == ".")
+    assert ("stage 1: the first 2 layers, supcon loss, at most 4 steps of 8 prompts" in plan) is (refine[6] == ".")
     assert re.search(r"stage 2: full, 1 epochs of \d+ examples \(\d+ refusals\), 4 a step", plan)
 
 

@@ -32,7 +32,8 @@ class LowRankDelta:
         """Elements [start, start + count) of the flattened update, float32 [count].
 
         Rows are multiplied in blocks whose borders are the same whatever is asked for, so that ranks that
-        cut a weight in different places compute the same bits.
+        cut a weight in different places compute the same bits; and in float64, since in float32 a product's
+        last bits are a matter of how many threads a rank has.
         """
         rows, width = self.up.shape[1], self.down.shape[2]
         block = max(1, _BLOCK // width)
@@ -41,8 +42,8 @@ class LowRankDelta:
         while done < count:
             expert, row = divmod((start + done) // width, rows)
             first_row = row // block * block
-            up = self.up[expert, first_row : first_row + block].float() * self.scaling
-            product = (up @ self.down[expert].float()).flatten()
+            up = self.up[expert, first_row : first_row + block].double() * self.scaling
+            product = (up @ self.down[expert].double()).float().flatten()
             skipped = start + done - (expert * rows + first_row) * width
             part = product[skipped:][: count - done]
             out[done : done + part.numel()] = part

@@ -19,7 +19,7 @@ from dcr_scale.models import disk
 from dcr_scale.models import export as export_module
 from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.models.export import export_checkpoint
-from dcr_scale.models.lora import lora_deltas
+from dcr_scale.models.lora import LowRankDelta, lora_deltas
 from dcr_scale.models.weights import load_weights
 
 
@@ -303,3 +303,17 @@ def test_a_trained_trunk_survives_the_way_out_and_in(tmp_path: Path) -> None:
     load_weights(model, *open_toy(tmp_path / "out"))
     for name, parameter in changed_model(tmp_path / "source", "mixtral").named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("shape", [(32, 24), (48, 32), (96, 64)])
+def test_an_update_is_the_same_on_ranks_with_more_threads(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    delta = LowRankDelta(torch.randn(1, shape[0], 8), torch.randn(1, 8, shape[1]), 2.0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(delta.elements(0, shape[0] * shape[1]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(values, found[0]) for values in found)

@@ -16,7 +16,7 @@ from dcr_scale.config import Config, load_config
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import Class, SuitePrompt
 from dcr_scale.study import command, document
-from dcr_scale.study.cell import Study
+from dcr_scale.study.cell import Study, judge_digest
 from dcr_scale.study.data import StudyData
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
 from dcr_scale.study.methods import METHODS
@@ -157,7 +157,7 @@ def test_cells_run_side_by_side_and_a_failed_one_is_named(study: Study, tmp_path
     """What others have finished stays; the same call goes on with what is left."""
     cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
     for cell in cells:
-        (tmp_path / cell.name).write_text(json.dumps({"made_by": study.made_by(cell)}))
+        (tmp_path / cell.name).write_text(json.dumps({"made_by": study.made_by(cell), "judge": judge_digest()}))
     script = tmp_path / "cell.py"
     script.write_text(
         "import pathlib, shutil, sys\n"
