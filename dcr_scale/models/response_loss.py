@@ -31,7 +31,7 @@ class ResponseLoss(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self._head_is_last = False
 
     def forward(self, batch: Pack, at: Tensor | None = None) -> Tensor:
@@ -90,14 +90,14 @@ def _summing(head: nn.Linear, targets_N: Tensor) -> Iterator[None]:
         ]
 
     before = head.__dict__.get("forward")
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         if before is None:
             del head.forward
         else:
-            head.forward = before  # type: ignore[method-assign]
+            head.forward = before  # type: ignore[assignment, method-assign]
 
 
 class FrozenHeadLoss(torch.autograd.Function):
