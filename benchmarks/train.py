@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each arm; one more warms up")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each arm, behind two that warm up")
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--arms", nargs="+", choices=(*STAGES, *TRL), default=[*STAGES, *TRL])
     parser.add_argument("--model-shape", choices=("llama3_8b", "toy"), help="stage 1 of random weights in this shape")

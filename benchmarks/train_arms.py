@@ -1,6 +1,6 @@
 """What benchmarks/train.py measures, each arm on one rank of its own process: our two stages, and TRL's SFTTrainer.
 
-An arm's function runs a warm-up step and the measured ones, and returns what :class:`Steps` has noted of them.
+An arm's function runs steps that warm up and the measured ones, and returns what :class:`Steps` has noted of them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from dcr_scale.refine import Refiner
 from dcr_scale.run_data import load_data
 from dcr_scale.runlog import RunLog, configure_console
 from dcr_scale.world import World
+
+# The first two passes are slow: DeepSpeed traces the modules, and buffers are allocated.
+WARM_UP = 2
 
 
 @dataclass
@@ -119,9 +122,9 @@ def refine_steps(
         refiner = Refiner(config, model, contrast, retained, prefix, runlog, world)
         # A run begins with it: DeepSpeed's trace of the passes is then as it is there.
         check_packing(refiner.activations, refiner.heldout.ids[:2], prefix, world.device)
-        for number in range(count + 1):
+        for number in range(count + WARM_UP):
             packs = refiner.packs.of_step(number)
-            if number:
+            if number >= WARM_UP:
                 lengths = [part.batch.layout.lengths for part in packs]
                 steps.tokens.append(sum(prefix + length for pack in lengths for length in pack))
                 steps.arithmetic.append(
@@ -129,7 +132,7 @@ def refine_steps(
                 )
                 steps.response_tokens.append(0)
             steps.time(lambda number=number: refiner.train_step(number))
-        del steps.seconds[0]  # it allocates and traces
+        del steps.seconds[:WARM_UP]
         runlog.close()
 
 
@@ -144,8 +147,8 @@ def align_steps(
         runlog = RunLog(config.log, Path(folder), "benchmark", {}, world)
         aligner = Aligner(config, model, examples, prefix, runlog, world)
         aligner.engine.train(True)
-        for number in range(count + 1):
-            if number:
+        for number in range(count + WARM_UP):
+            if number >= WARM_UP:
                 drawn = [examples[i] for i in aligner.sampler.batch(number)]
                 costs = [len(example.ids) - prefix for example in drawn]
                 plan = micro_batches(costs, world_size=world.size, limit=settings.micro_batch_tokens)
@@ -156,7 +159,7 @@ def align_steps(
                 lengths = [tuple(costs[i] for i in pack) for pack in plan[world.rank]]
                 steps.arithmetic.append(_arithmetic(modules, model.config, config, prefix, lengths, responses))
             steps.time(lambda number=number: aligner.train_step(number))
-        del steps.seconds[0]
+        del steps.seconds[:WARM_UP]
         runlog.close()
 
 
@@ -203,7 +206,7 @@ def trl_steps(arm: str, config: Config, folder: Path, examples: list[EncodedExam
         deepspeed=deepspeed,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
-        max_steps=count + 1,
+        max_steps=count + WARM_UP,
         packing=packed,
         max_length=settings.micro_batch_tokens if packed else settings.max_tokens,
         completion_only_loss=True,
@@ -237,7 +240,7 @@ def trl_steps(arm: str, config: Config, folder: Path, examples: list[EncodedExam
 
     class Counting(SFTTrainer):
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-            if clock.ends:
+            if len(clock.ends) >= WARM_UP:
                 mask = inputs.get("attention_mask")
                 steps.tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
                 steps.response_tokens.append(int((inputs["labels"] != -100).sum()))
@@ -260,7 +263,8 @@ def trl_steps(arm: str, config: Config, folder: Path, examples: list[EncodedExam
         callbacks=[clock],
     )
     trainer.train()
-    steps.seconds += [end - began for began, end in zip(clock.ends, clock.ends[1:], strict=False)]
+    measured = clock.ends[WARM_UP - 1 :]
+    steps.seconds += [end - began for began, end in zip(measured, measured[1:], strict=False)]
     output.cleanup()
 
 
