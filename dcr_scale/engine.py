@@ -312,6 +312,8 @@ class Engine:
     def adopt(self, applied: int) -> None:
         """Go on from masters and moments that were filled in, after so many applied updates. Every rank calls it."""
         self.applied = applied
+        # Passes before, such as the packing check's, have left parameters gathered, and those would be used as they are.
+        self._optimizer._partition_all_parameters()
         self._create_moments()
         for state in self._optimizer.optimizer.state.values():
             state["step"].fill_(applied)

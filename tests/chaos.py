@@ -11,6 +11,7 @@ those of the undisturbed one, bit for bit, and the next run begins. Exits with 0
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -102,7 +103,7 @@ class Chaos:
         began = time.monotonic()
         while process.poll() is None:
             due = time.monotonic() - began >= moment
-            if in_a_save and not due and not list(run.glob("**/*.partial")):
+            if in_a_save and not due and not _being_written(run):
                 # The clock starts where something begins to be written.
                 began = time.monotonic()
             if due:
@@ -112,10 +113,15 @@ class Chaos:
                     victim.send_signal(signal.SIGKILL)
                     self.struck = True
                     self.done += 1
-                    what = ", ".join(path.name for path in run.glob("**/*.partial")) or "nothing being written"
+                    what = ", ".join(_being_written(run)) or "nothing being written"
                     print(f"kill {self.done}: pid {victim.pid} of {run.name} ({what})", flush=True)
                 return
             time.sleep(0.01)
+
+
+def _being_written(run: Path) -> list[str]:
+    """Names of the checkpoints and exports that are there in part; folders may come and go meanwhile."""
+    return [name for folder, names, _ in os.walk(run) for name in names if name.endswith(".partial")]
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:

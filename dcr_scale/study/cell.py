@@ -105,7 +105,8 @@ class Study:
         used["sources"] = [self.data.general, self.data.refusals]
         if method.contrast is not None:
             used["refine"] = typed_yaml.to_tree(stages[0])["refine"]
-        if method.contrast is not None or method.answered or method.steering is not None:
+        # The probe's pairs are held-out contrast prompts.
+        if method.contrast is not None or method.answered or method.steering is not None or probed(cell):
             used["contrast"] = self.data.contrast[method.contrast or "mixed"]
         if method.answered:
             used["answered"] = self.answered
