@@ -16,7 +16,9 @@ import yaml
 from toy import LAYERS, REPOSITORY, launch, toy_checkpoint, toy_settings, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from dcr_scale import engine as engines
 from dcr_scale import pipeline
+from dcr_scale.align import Aligner
 from dcr_scale.config import Config, LogConfig, StopConfig, load_config
 from dcr_scale.early_stop import EarlyStop
 from dcr_scale.models.checkpoint import INDEX_FILE, Checkpoint
@@ -145,6 +147,7 @@ def test_two_ranks_take_a_tied_bf16_llama_in_shards_through_both_stages(tmp_path
     run, config = tmp_path / "run", tmp_path / "run" / "config.yaml"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "summary.json", "report.html", "look", "refined", "aligned",
+        "progress.json", "status.json", "lock",
     }  # fmt: skip
     check_refined(source, run / "refined", layer=2)
     check_complete(source, run / "aligned")
@@ -196,6 +199,29 @@ def test_a_mixture_of_experts_goes_through_both_stages(tmp_path: Path, settings:
     assert any(".experts." in name for name in trained) and any(".mlp.gate." in name for name in trained)
     adapted = changed_tensors(run / "refined", run / "aligned")
     assert {layer_of(name) for name in adapted} == set(range(LAYERS))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_exported_is_what_was_trained(
+    tmp_path: Path, settings: dict, alone: None, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """A tied head trains as one with the embedding: the export holds one tensor for both."""
+    trained: dict[str, torch.Tensor] = {}
+    close = Aligner.close
+
+    def keeping(self: Aligner) -> None:
+        with engines.whole(self.model.parameters()):
+            trained.update({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        close(self)
+
+    monkeypatch.setattr(Aligner, "close", keeping)
+    toy_checkpoint(tmp_path / "model", "llama", tied=tied)
+    run_here(write_config(tmp_path, settings), "refine=null", "look.enabled=false")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "aligned").state_dict()
+    assert exported.keys() == trained.keys() and "lm_head.weight" in exported
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, trained[name]), name
+    assert torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"]) == tied
 
 
 def test_without_stage_1_it_is_plain_safety_tuning(tmp_path: Path, settings: dict, alone: None) -> None:

@@ -98,9 +98,12 @@ def build_model(
 ) -> PreTrainedModel:
     """The whole causal language model with undefined weights, on the CPU (or wherever the caller's context says)."""
     with _uninitialized(dtype):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
+    # transformers ties weights where it initialises them, which is left out above.
+    model.tie_weights()
+    return model
 
 
 def build_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

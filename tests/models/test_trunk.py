@@ -35,6 +35,7 @@ from dcr_scale.models import attention
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.trunk import (
     Trunk,
+    build_model,
     build_skeleton,
     decoder_layers,
     depth,
@@ -129,6 +130,14 @@ def test_the_trunk_holds_the_embedding_and_its_layers_and_nothing_else(family):
         assert sum(p.numel() for p in trunk.parameters()) == sum(p.numel() for p in [*embedding, *kept])
         assert [p.shape for p in trunk.embedding_parameters()] == [p.shape for p in embedding]
     assert not in_layers & {id(p) for p in embedding}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_whole_model_is_tied_where_its_checkpoint_is(family):
+    """The same parameters as those transformers itself would train."""
+    built = build_model(MODELS[family], attention="eager", dtype=torch.float32)
+    expected = whole_model(family)
+    assert [name for name, _ in built.named_parameters()] == [name for name, _ in expected.named_parameters()]
 
 
 def test_a_skeleton_takes_no_memory():
