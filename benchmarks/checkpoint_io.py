@@ -10,6 +10,8 @@ measured between them. Exit code 1 where the ranks together read more than 1.05 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import socket
@@ -46,6 +48,9 @@ def measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What ``work`` returns, and on this rank its seconds, bytes, and highest memory above what was held before."""
     import torch.distributed as dist
 
+    # What earlier work has left goes back to the system, or this work would take it up again unseen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     # Highest from here on.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     held, before = memory("VmRSS"), counters()
@@ -82,7 +87,8 @@ def report(world: Any, model: Any, **numbers: dict[str, float]) -> None:
 
 
 def warm_up(settings: Any, world: Any) -> None:
-    """What the first model of a process imports and allocates is not what a checkpoint costs."""
+    """What the first model of a process imports and allocates is not what a checkpoint costs; nor are the buffers of
+    DeepSpeed's collectives on a CPU, 66 MiB a rank that all ranks share, which a large parameter touches to their end."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -91,6 +97,7 @@ def warm_up(settings: Any, world: Any) -> None:
     tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with engines.partitioned(settings, torch.bfloat16, world.device):
         AutoModelForCausalLM.from_config(tiny)
+        torch.nn.Embedding(1, 2**26)
 
 
 def ours(source: Path, destination: Path, world: Any, settings: Any) -> None:
@@ -234,6 +241,8 @@ def launch(arm: str, ranks: int, source: Path, destination: Path) -> list[dict]:
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+            # What is freed leaves the process at once, so that its highest size is what was held, not what was kept.
+            "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": "0",
             "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))

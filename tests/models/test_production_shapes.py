@@ -166,7 +166,7 @@ def test_a_layer_and_the_embedding_at_full_width_go_in_and_out(tmp_path: Path, r
 # --- cost -------------------------------------------------------------------------------------------------
 
 
-def test_four_ranks_read_the_file_once_and_hold_little_more_than_their_part(tmp_path: Path) -> None:
+def test_four_ranks_read_the_file_once_and_hold_no_more_than_their_part_and_a_tensor(tmp_path: Path) -> None:
     """In fresh processes, as the benchmark measures it: the kernel's count of bytes, and peaks of memory."""
     out = tmp_path / "result.json"
     command = [sys.executable, "benchmarks/checkpoint_io.py", "--ranks", "4", "--width", "1024", "--layers", "6"]
@@ -178,8 +178,7 @@ def test_four_ranks_read_the_file_once_and_hold_little_more_than_their_part(tmp_
     load, export = found["ours"]["load"], found["ours"]["export"]
     assert 1.0 <= load["bytes_read_ratio"] <= 1.05
     assert 1.0 <= export["bytes_written_ratio"] <= 1.05
-    # Whatever the model's size: DeepSpeed's shared-memory collectives touch a buffer of 32 MiB now or later, and 1 %
-    # of a real partition is more than the module's Python objects.
-    fixed = 40 * 2**20
-    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"] + fixed
+    # Modules and names are Python objects of a few MiB, whatever the model's width.
+    objects = 8 * 2**20
+    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"] + objects
     assert export["peak_bytes_a_rank"] <= found["largest_tensor_bytes"]
