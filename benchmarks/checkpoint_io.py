@@ -14,9 +14,7 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fresh_ranks import run_on_ranks
 
 ARMS = ("ours", "peer")
 LIMIT = 1.05
@@ -88,7 +88,7 @@ def report(world: Any, model: Any, **numbers: dict[str, float]) -> None:
 
 def warm_up(settings: Any, world: Any) -> None:
     """What the first model of a process imports and allocates is not what a checkpoint costs; nor are the buffers of
-    DeepSpeed's collectives on a CPU, 66 MiB a rank that all ranks share, which a large parameter touches to their end."""
+    DeepSpeed's collectives on a CPU, 66 MiB a rank that all share, which a large parameter touches to their end."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -231,25 +231,13 @@ def disk_write_rate(path: Path, nbytes: int) -> float:
 
 
 def launch(arm: str, ranks: int, source: Path, destination: Path) -> list[dict]:
-    """Run one arm in fresh processes, one a rank, and read rank 0's JSON line: each rank's numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--arm", arm, "--source", str(source), "--destination", str(destination)]
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-            # What is freed leaves the process at once, so that its highest size is what was held, not what was kept.
-            "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": "0",
-            "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit(f"{arm}: a rank failed")
-    return json.loads(outputs[0].strip().splitlines()[-1])
+    """Run one arm: each rank's numbers."""
+    environment = {
+        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        # What is freed leaves the process at once, so that its highest size is what was held, not what was kept.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": "0",
+    }  # fmt: skip
+    return run_on_ranks(__file__, arm, ["--source", str(source), "--destination", str(destination)], ranks, environment)
 
 
 def main() -> int:

@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from dcr_scale.errors import UserError
 from dcr_scale.models import smollm2
 from dcr_scale.probe import KernelProbe
+from dcr_scale.world import cpu_model
 
 MEMORY_ARMS = ("plain", "probe", "bergson", "dattri")
 LIMITS = {"time": 1.3, "memory": 1.15, "per doubling of R": 2.0, "per doubling of B": 1.1}
@@ -272,7 +273,7 @@ def main() -> None:
     parts = arguments.only or ("speed", "memory", "scaling")
     result = {
         "benchmark": "probe",
-        "device": f"{_cpu_name()}, one thread",
+        "device": f"{cpu_model()}, {os.cpu_count()} cores, one thread",
         "versions": {
             name: metadata.version(name) for name in ("torch", "transformers", *PEERS) if importlib.util.find_spec(name)
         },
@@ -283,12 +284,6 @@ def main() -> None:
     }
     report(result)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ import json
 import os
 import platform
 import resource
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
+
+from fresh_ranks import run_on_ranks
 
 ARMS = ("ours", "peer")
 
@@ -147,26 +146,6 @@ def _memory(device, peak: bool = False) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def launch(arm: str, ranks: int, steps: int, overrides: list[str], folder: Path) -> dict:
-    """Run one arm in fresh processes, one a rank, and read rank 0's JSON line."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--arm", arm, "--steps", str(steps), *overrides]
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DCR_BENCHMARK_FOLDER": str(folder),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit(f"{arm}: a rank failed")
-    return json.loads(outputs[0].strip().splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
@@ -184,17 +163,22 @@ def main() -> None:
 
     import torch
 
+    from dcr_scale.world import device_name
+
     rounds: list[dict[str, dict]] = []
     with tempfile.TemporaryDirectory() as folder:
+
+        def launch(arm: str) -> dict:
+            options = ["--steps", str(arguments.steps), *arguments.overrides]
+            return run_on_ranks(__file__, arm, options, arguments.ranks, {"DCR_BENCHMARK_FOLDER": folder})
+
         for _ in range(arguments.rounds):
-            rounds.append(
-                {arm: launch(arm, arguments.ranks, arguments.steps, arguments.overrides, Path(folder)) for arm in ARMS}
-            )
+            rounds.append({arm: launch(arm) for arm in ARMS})
     speed = [r["ours"]["tokens_per_second"] / r["peer"]["tokens_per_second"] for r in rounds]
     memory = [r["ours"]["peak_gib"] / r["peer"]["peak_gib"] for r in rounds]
     result = {
         "benchmark": "stage1_step",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "ranks": arguments.ranks,
         "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         "python": platform.python_version(),
@@ -214,12 +198,6 @@ def main() -> None:
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

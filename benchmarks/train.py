@@ -15,9 +15,7 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +23,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from fresh_ranks import run_on_ranks
 
 STAGES = ("stage 1", "stage 2")
 TRL = ("TRL unpacked", "TRL packed", "TRL packed, response rows")
@@ -79,26 +79,9 @@ def rank_main(given: argparse.Namespace) -> None:
 
 
 def launch(given: argparse.Namespace, arm: str, options: list[str]) -> dict[str, Any]:
-    """Run one arm in fresh processes, one a rank, and read rank 0's JSON line."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--arm", arm, "--steps", str(given.steps), *options]
-    processes = []
-    for rank in range(given.ranks):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(given.ranks),
-            # On a CPU one thread each, as ranks that fill its cores have.
-            "LOCAL_WORLD_SIZE": str(max(given.ranks, os.cpu_count() or 1)), "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit(f"{arm}: a rank failed")
-    # The trainer prints a summary of its own.
-    return json.loads(next(line for line in reversed(outputs[0].splitlines()) if line.startswith('{"tokens')))
+    """Run one arm on fresh ranks; on a CPU with one thread each, as ranks that fill its cores have."""
+    threads = {"LOCAL_WORLD_SIZE": str(max(given.ranks, os.cpu_count() or 1)), "OMP_NUM_THREADS": "1"}
+    return run_on_ranks(__file__, arm, ["--steps", str(given.steps), *options], given.ranks, threads)
 
 
 def measure(given: argparse.Namespace, method: str | None, folder: Path | None) -> dict[str, dict[str, Any]]:

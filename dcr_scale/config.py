@@ -301,7 +301,9 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         _check_adapters(config.align)
     if config.engine.offload_optimizer == "nvme" and config.engine.offload_folder is None:
         raise UserError(f"{path}: engine.offload_optimizer=nvme needs engine.offload_folder, on a local NVMe disk")
-    if config.checkpoint.keep_every and config.checkpoint.keep_every % (config.checkpoint.every or 1):
+    if config.checkpoint.keep_every and (
+        not config.checkpoint.every or config.checkpoint.keep_every % config.checkpoint.every
+    ):
         raise UserError(
             f"{path}: checkpoint.keep_every={config.checkpoint.keep_every} is no multiple of checkpoint.every="
             f"{config.checkpoint.every}"

@@ -209,9 +209,8 @@ class Engine:
         """Passes through the module inside the context are none of training's: in evaluation mode, and unknown to the
         trace by which DeepSpeed gathers parameters ahead. Between updates only; afterwards the module trains on."""
         offload = self._optimizer.parameter_offload
-        training, offload.param_coordinator = offload.param_coordinator, copy.copy(offload.param_coordinator)
-        if not offload.param_coordinator.is_invalid_trace():
-            offload.param_coordinator._invalidate_trace()
+        training = offload.param_coordinator
+        offload.param_coordinator = _untraced(training)
         self.train(False)
         try:
             yield
@@ -231,9 +230,7 @@ class Engine:
         offload = self._optimizer.parameter_offload
         training = offload.param_coordinator
         if self._forward_coordinator is None:
-            self._forward_coordinator = copy.copy(training)
-            if not self._forward_coordinator.is_invalid_trace():
-                self._forward_coordinator._invalidate_trace()
+            self._forward_coordinator = _untraced(training)
         offload.param_coordinator = self._forward_coordinator
         try:
             with torch.no_grad():
@@ -312,7 +309,7 @@ class Engine:
     def adopt(self, applied: int) -> None:
         """Go on from masters and moments that were filled in, after so many applied updates. Every rank calls it."""
         self.applied = applied
-        # Passes before, such as the packing check's, have left parameters gathered, and those would be used as they are.
+        # Passes before, such as the packing check's, have left parameters gathered, and would be used as they are.
         self._optimizer._partition_all_parameters()
         self._create_moments()
         for state in self._optimizer.optimizer.state.values():
@@ -337,6 +334,16 @@ class Engine:
     def close(self) -> None:
         """Release the engine's buffers and hooks. The module's partitions stay."""
         self._engine.destroy()
+
+
+def _untraced(coordinator: Any) -> Any:
+    """A copy of what gathers ZeRO-3's parameters that knows no order of modules yet, and shares no record of one."""
+    copied = copy.copy(coordinator)
+    if copied.is_invalid_trace():
+        copied._clear_trace_structures()
+    else:
+        copied._invalidate_trace()
+    return copied
 
 
 def _look_for_overflow_in_chunks(optimizer: Any) -> None:

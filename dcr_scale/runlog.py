@@ -182,6 +182,15 @@ def _short(value: float) -> str:
     return f"{value:.1e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e4) else f"{value:.4g}"
 
 
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000: 512 B, 70.6 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 3m20s, 2h05m."""
     minutes, seconds = divmod(round(seconds), 60)

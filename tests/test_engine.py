@@ -199,6 +199,23 @@ def test_the_gradient_is_clipped_to_its_norm_and_zero_means_never(alone: None, c
     assert float(state["exp_avg"].flatten()[0]) == pytest.approx(0.5 * applied, rel=1e-4)
 
 
+def test_passes_without_gradients_may_come_first(start: Callable[..., engines.Engine]) -> None:
+    """Neither they nor passes aside disturb the order in which ZeRO-3 gathers parameters for a step."""
+    engine = start(precision="fp32")
+    expected = float(sum(range(1, 7)) + 6)
+    for _ in range(3):
+        with engine.forward_only():
+            assert not engine(1.0, 0.0).requires_grad
+        with engine.aside():
+            engine(1.0, 0.0)
+        loss = engine(1.0, 0.0)
+        assert loss.item() == pytest.approx(expected)
+        engine.backward(loss)
+        assert engine.step(loss.item()).applied
+        # A step of 0.1 on six weights and on three biases that count twice.
+        expected -= 0.1 * (6 + 2 * 3)
+
+
 def test_a_module_without_trainable_parameters_is_refused(alone: None) -> None:
     config = EngineConfig()
     world = engines.start(config)

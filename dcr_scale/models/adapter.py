@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import nn
 from dcr_scale.config import LoraConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models import disk
-from dcr_scale.models.checkpoint import Checkpoint, dtype_name
+from dcr_scale.models.checkpoint import Checkpoint, header
 from dcr_scale.models.lora import plain_layers
 from dcr_scale.models.manifest import ALONE, MANIFEST_FILE, Digests, Manifest
 from dcr_scale.models.phases import Phases
@@ -56,7 +54,8 @@ def export_adapter(
             factors = _factors(model)
             if phases.writes:
                 phases.make_partial()
-                path.write_bytes(_header(factors))
+                shapes = {name: (f.dtype, getattr(f, "ds_shape", f.shape)) for name, f in factors.items()}
+                path.write_bytes(header(shapes, {"format": "pt"})[0])
                 config = _config(model, settings, base)
                 (phases.partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 for name, text in (extra_files or {}).items():
@@ -93,20 +92,6 @@ def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise UserError("the model holds no adapter to export")
     return dict(sorted(found.items()))
-
-
-def _header(factors: Mapping[str, Any]) -> bytes:
-    """The safetensors header of the factors one after another; padded, so that their data is aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, factor in factors.items():
-        shape = list(getattr(factor, "ds_shape", factor.shape))
-        end = offset + math.prod(shape) * factor.dtype.itemsize
-        header[name] = {"dtype": dtype_name(factor.dtype), "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 @torch.no_grad()

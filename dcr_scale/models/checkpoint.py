@@ -12,10 +12,11 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -192,6 +193,19 @@ class Checkpoint:
 def dtype_name(dtype: torch.dtype) -> str:
     """What safetensors calls it."""
     return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """What a safetensors file of these tensors (dtype, shape) begins with, one behind the other, and their bytes."""
+    tree: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        tree[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return struct.pack("<Q", len(text)) + text, offset
 
 
 def holds_safetensors(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dcr_scale.planning.hardware import GIB
 from dcr_scale.planning.stages import RESERVE, StagePlan
+from dcr_scale.runlog import size
 
 _TITLES = {"refine": "stage 1 (refine)", "align": "stage 2 (align)"}
 _PARTS = {
@@ -45,14 +46,14 @@ def table(plans: Sequence[StagePlan], notes: Sequence[str]) -> str:
     if any(plan.memory.nvme for plan in plans):
         row("local disk a rank", lambda p: _gib(p.memory.nvme))
     rows.append(("sent by a rank a step", []))
-    row("  parameters", lambda p: _bytes(p.traffic.parameters))
-    row("  gradients", lambda p: _bytes(p.traffic.gradients))
-    row("  pooled rows", lambda p: _bytes(p.traffic.rows))
+    row("  parameters", lambda p: size(p.traffic.parameters))
+    row("  gradients", lambda p: size(p.traffic.gradients))
+    row("  pooled rows", lambda p: size(p.traffic.rows))
     rows.append(("disk, all ranks", []))
-    row("  read", lambda p: _bytes(p.disk.read))
-    row("  written", lambda p: _bytes(p.disk.written))
-    row("  a state of training", lambda p: _bytes(p.disk.state))
-    row("  states at once, at most", lambda p: _bytes(p.disk.state * p.disk.states))
+    row("  read", lambda p: size(p.disk.read))
+    row("  written", lambda p: size(p.disk.written))
+    row("  a state of training", lambda p: size(p.disk.state))
+    row("  states at once, at most", lambda p: size(p.disk.state * p.disk.states))
     rows.append((f"time on {cluster.gpus} × {cluster.device.name}", []))
     row("  a step", lambda p: _spread(p.times.step, _seconds))
     row("  the stage", lambda p: _spread(p.times.stage, _seconds))
@@ -108,14 +109,6 @@ def _gib(size: float) -> str:
 def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     low, middle, high = sorted(values)
     return f"{text(middle)} ({text(low)} – {text(high)})"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _seconds(seconds: float) -> str:

@@ -13,6 +13,7 @@ from dcr_scale.models.trunk import build_skeleton, decoder_layers
 from dcr_scale.probe.passes import plan_micro_batches
 from dcr_scale.probe.reduction import block_height, owners
 from dcr_scale.probe.units import Inventory, select, shape_of, take_inventory
+from dcr_scale.runlog import size
 
 _FLOAT, _DOUBLE, _INTEGER = 4, 8, 8
 
@@ -50,12 +51,12 @@ class ProbePlan:
             ("ranks", f"{self.world_size:,}"),
             ("sketched weights", f"{self.units:,}"),
             ("micro-steps a rank", f"{self.micro_steps:,}"),
-            ("held a rank: weights", _bytes(self.partition)),
-            ("  projected inputs", _bytes(self.kept)),
-            ("  own sketches", _bytes(self.sketches)),
-            ("  all prompts' sketches in the owned slices", _bytes(self.slices)),
-            ("received a rank: parameters, at most", _bytes(self.gathered)),
-            ("sent a rank: sketches and products", _bytes(self.exchanged)),
+            ("held a rank: weights", size(self.partition)),
+            ("  projected inputs", size(self.kept)),
+            ("  own sketches", size(self.sketches)),
+            ("  all prompts' sketches in the owned slices", size(self.slices)),
+            ("received a rank: parameters, at most", size(self.gathered)),
+            ("sent a rank: sketches and products", size(self.exchanged)),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>12}" for name, value in rows)
@@ -158,11 +159,3 @@ def _products_sent(prompts: int, sender: int, shares: list[range], slices: int, 
                 pairs = min(height, prompts - start) * columns
                 sent += len(shares[sender]) * blocks * pairs * probes**2 * _DOUBLE
     return sent
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -103,11 +103,15 @@ class StageCheckpoints:
         damaged: list[str] = []
         try:
             sums = training_state.read_own(engine, path, self.world)
-            damaged = [name for name, value in state["checksums"].items() if sums.get(name) != value]
+            damaged = [
+                f"{name} is not as it was saved"
+                for name, value in state["checksums"].items()
+                if sums.get(name) != value
+            ]
         except UserError as error:
             damaged = [str(error)]
         if damaged:
-            log.warning("%s: is damaged (%s), and is left out", path, damaged[0])
+            log.warning("%s: cannot be used (%s), and is left out", path, damaged[0])
             return None
         engine.adopt(state["applied"])
         engine.skipped_in_a_row = state["skipped_in_a_row"]
@@ -192,8 +196,8 @@ class StageCheckpoints:
         if seconds > _LAUNCHER_PATIENCE_SECONDS and not self._warned:
             self._warned = True
             log.warning(
-                "a checkpoint takes %s: more than the %.0f s that launchers leave a rank which they stop; lower "
-                "checkpoint.every, or have the job told earlier (docs/launching.md)",
+                "a checkpoint takes %s: more than the %.0f s that launchers leave a rank which they stop, and then the "
+                "one before counts; have the job told earlier (docs/launching.md)",
                 duration(seconds), _LAUNCHER_PATIENCE_SECONDS,
             )  # fmt: skip
 

@@ -91,11 +91,6 @@ class Progress:
             progress.parts, progress.kept, progress.id = found["parts"], found["kept"], found["id"]
         return progress
 
-    @property
-    def begun(self) -> bool:
-        """Whether some part was done before this process began."""
-        return bool(self.parts)
-
     def done(self, part: str) -> bool:
         return part in self.parts
 
@@ -156,6 +151,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         written = int(found["format"])
+        missing = written <= FORMAT and {"id", "about", "parts", "kept"} - found.keys()
+        if missing:
+            raise KeyError(*missing)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged; --fresh begins the run anew") from None
     if written > FORMAT:

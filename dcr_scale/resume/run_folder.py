@@ -52,15 +52,14 @@ class RunFolder:
                 own = about() if self.world.first else {}
             self.progress = Progress.open(self.path, own, self.world, fresh=fresh, accept_changes=accept_changes)
             self.progress.write()
-            name, world = self.config.run.name, self.world
-            self.runlog = RunLog(self.config.log, self.path, name, asked, world, self.progress.id)
+            self.runlog = RunLog(self.config.log, self.path, self.config.run.name, asked, self.world, self.progress.id)
             yield self.progress
             self.status.write("finished", stage="summary", reason="")
         except Preempted as stopped:
             self.status.write("preempted", reason=str(stopped))
             raise
         except torch.OutOfMemoryError as error:
-            advised = OutOfMemory(f"rank {world.rank} ran out of memory in {self.part}: {self._helps()}\n{error}")
+            advised = OutOfMemory(f"rank {self.world.rank} ran out of memory in {self.part}: {self._helps()}\n{error}")
             self.status.fail(str(advised))
             raise advised from None
         except BaseException as error:
@@ -107,11 +106,18 @@ class RunFolder:
         """The three settings that save most memory in the part that ran out of it, and are not in use yet."""
         config, helps = self.config, []
         if self.part.startswith("look"):
-            helps.append(f"look.partitioned=yes, look.batch_size under {config.look.batch_size}")
+            look = config.look
+            if look.partitioned != "yes":
+                helps.append("look.partitioned=yes")
+            helps += [
+                f"look.batch_size={-(-look.batch_size // 2)}",
+                f"look.max_new_tokens={-(-look.max_new_tokens // 2)}",
+            ]
         else:
-            stage = config.refine if self.part == "refine" else config.align
-            tokens = stage.micro_batch_tokens if stage is not None else None
-            helps.append(f"{self.part}.micro_batch_tokens={tokens // 2 if tokens else 4096}")
+            # What is left measures, or writes what stage 2 has trained.
+            key = self.part if self.part in ("refine", "align") else "probe"
+            tokens = getattr(config, key).micro_batch_tokens
+            helps.append(f"{key}.micro_batch_tokens={tokens // 2 if tokens else 4096}")
             if not config.model.gradient_checkpointing:
                 helps.append("model.gradient_checkpointing=true")
             if config.engine.offload_optimizer == "none":

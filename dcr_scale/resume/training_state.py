@@ -8,11 +8,8 @@ size, and nothing is gathered. Frozen parameters are not in it: they are the sou
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +19,7 @@ import torch.distributed as dist
 from dcr_scale.engine import STATES, Engine
 from dcr_scale.errors import UserError
 from dcr_scale.models import disk
-from dcr_scale.models.checkpoint import Checkpoint
+from dcr_scale.models.checkpoint import Checkpoint, header
 from dcr_scale.resume.checksum import partial_checksum, wrapped
 from dcr_scale.world import World
 
@@ -35,20 +32,13 @@ Checksums = dict[str, int]
 
 def lay_out(engine: Engine, path: Path) -> None:
     """Make the file at its full size, with its header and room for the content. Raises OSError on a full disk."""
-    header: dict[str, dict] = {}
-    offset = 0
-    for name, shape, key in _tensors(engine):
-        size = 4 * math.prod(shape)
-        header[f"{name}.{key}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    begin, nbytes = header({f"{name}.{key}": (torch.float32, shape) for name, shape, key in _tensors(engine)}, {})
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        if shutil.disk_usage(path.parent).free < offset:
+        file.write(begin)
+        if shutil.disk_usage(path.parent).free < nbytes:
             # Found now, before anything is written.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        file.truncate(8 + len(text) + offset)
+        file.truncate(len(begin) + nbytes)
 
 
 @torch.no_grad()

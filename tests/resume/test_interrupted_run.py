@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from toy import toy_checkpoint, toy_settings, write_config
 
 from dcr_scale import pipeline
 from dcr_scale.config import load_config
-from dcr_scale.errors import Preempted, UserError
+from dcr_scale.errors import OutOfMemory, Preempted, UserError
 from dcr_scale.models import disk
 from dcr_scale.resume import run_lock
 from dcr_scale.resume.training_state import FILE as TRAINING_STATE
@@ -193,6 +194,34 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     begin(config, halfway, *SHORT)
     begin(config, tmp_path / "whole", *SHORT)
     assert outcome(halfway) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("part", "owner", "method", "advice"),
+    [
+        (
+            "refine", "dcr_scale.refine.Refiner", "train_step",
+            "refine.micro_batch_tokens=4096, model.gradient_checkpointing=true, engine.offload_optimizer=cpu",
+        ),
+        ("align", "dcr_scale.align.Aligner", "train_step", "align.micro_batch_tokens=32, "),
+        ("look_before", "dcr_scale.evaluation.look.Looker", "take", "look.partitioned=yes, look.batch_size=8, look.max_new_tokens=1"),
+    ],
+)  # fmt: skip
+def test_a_full_device_names_the_settings_that_help(
+    config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch,
+    part: str, owner: str, method: str, advice: str,
+) -> None:  # fmt: skip
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"{owner}.{method}", full)
+    with pytest.raises(OutOfMemory, match=rf"^rank 0 ran out of memory in {part}: ") as told:
+        begin(config, tmp_path / "run")
+    assert advice in str(told.value) and "Tried to allocate 2.00 GiB" in str(told.value)
+    for setting in re.findall(r"(\w+\.\w+)=(\w+)", str(told.value)):
+        load_config(config, ["=".join(setting)])
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+    assert (status["state"], status["reason"]) == ("failed", str(told.value))
 
 
 def test_one_job_at_a_time(config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
