@@ -27,7 +27,7 @@ from dcr_scale.baselines.answered import own_answers
 from dcr_scale.baselines.prompts import Name
 from dcr_scale.config import Config, Label, ModelConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import load_contrast
+from dcr_scale.data.contrast import GENERAL, ContrastPrompt, load_contrast
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import judge
 from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
@@ -243,9 +243,8 @@ class Study:
         """Seemingly toxic training prompts with the untrained model's own answers, those that comply."""
 
         def build(partial: Path) -> None:
-            config = self.config(cell, stage=1)
-            train = load_contrast(config.data, cell.seed).train
-            prompts = [prompt.text for prompt in train if prompt.label == "seemingly_toxic"][: 2 * self.answered]
+            mine = [prompt.text for prompt in self._contrast(cell) if prompt.label == "seemingly_toxic"]
+            prompts = mine[: 2 * self.answered]
             model, encoder = _load(resolve(self.base.model))
             rows = own_answers(model, encoder, prompts, max_new_tokens=64)[: self.answered]
             if len(rows) < self.answered:
@@ -266,8 +265,7 @@ class Study:
         if steering is None:
             return None
         # The same prompts that stage 1 has.
-        config = self.config(cell, stage=1)
-        contrast = load_contrast(config.data, cell.seed).train
+        contrast = self._contrast(cell)
 
         def build(partial: Path) -> None:
             files: dict[Name, str | None] = {"harmless": self.data.general[0]["path"]}
@@ -284,6 +282,11 @@ class Study:
         return baselines.load(
             build_once(self.work / "steering" / f"{cell.name}_{self.made_by(cell)}", build) / "steering.safetensors"
         )
+
+    def _contrast(self, cell: Cell) -> list[ContrastPrompt]:
+        """Stage 1's training prompts without its general ones, which other methods get as what they are."""
+        train = load_contrast(self.config(cell, stage=1).data, cell.seed).train
+        return [prompt for prompt in train if prompt.source != GENERAL]
 
     # --- judging -----------------------------------------------------------------------------------------------
 

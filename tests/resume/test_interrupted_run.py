@@ -204,7 +204,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(
             "refine.micro_batch_tokens=4096, model.gradient_checkpointing=true, engine.offload_optimizer=cpu",
         ),
         ("align", "dcr_scale.align.Aligner", "train_step", "align.micro_batch_tokens=32, "),
-        ("look_before", "dcr_scale.evaluation.look.Looker", "take", "look.partitioned=yes, look.batch_size=8, look.max_new_tokens=1"),
+        (
+            "look_before", "dcr_scale.evaluation.look.Looker", "take",
+            "look.partitioned=yes, look.batch_size=8, look.max_new_tokens=1",
+        ),
     ],
 )  # fmt: skip
 def test_a_full_device_names_the_settings_that_help(
@@ -222,6 +225,13 @@ def test_a_full_device_names_the_settings_that_help(
         load_config(config, ["=".join(setting)])
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
+
+
+def test_what_is_kept_for_good_is_among_what_is_saved(config: Path) -> None:
+    for every in ("null", "0", "4"):
+        with pytest.raises(UserError, match=r"checkpoint.keep_every=6 is no multiple of checkpoint.every="):
+            load_config(config, ["checkpoint.keep_every=6", f"checkpoint.every={every}"])
+    load_config(config, ["checkpoint.keep_every=6", "checkpoint.every=3"])
 
 
 def test_one_job_at_a_time(config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
