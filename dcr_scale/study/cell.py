@@ -25,9 +25,9 @@ from dcr_scale import baselines, typed_yaml
 from dcr_scale.baselines import command as baseline_command
 from dcr_scale.baselines.answered import own_answers
 from dcr_scale.baselines.prompts import Name
-from dcr_scale.config import Config, Label, ModelConfig
+from dcr_scale.config import Config, DataConfig, Label, ModelConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import GENERAL, ContrastPrompt, load_contrast
+from dcr_scale.data.contrast import ContrastPrompt, load_contrast
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import judge
 from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
@@ -106,8 +106,10 @@ class Study:
         if method.contrast is not None:
             used["refine"] = typed_yaml.to_tree(stages[0])["refine"]
         # The probe's pairs are held-out contrast prompts.
-        if method.contrast is not None or method.answered or method.steering is not None or probed(cell):
+        if method.contrast is not None or probed(cell):
             used["contrast"] = self.data.contrast[method.contrast or "mixed"]
+        if method.answered or method.steering is not None:
+            used["contrast"] = self.data.contrast["without_general"]
         if method.answered:
             used["answered"] = self.answered
         if method.steering is not None:
@@ -188,7 +190,7 @@ class Study:
         config.align.refusal_share = cell.share
         # Stage 2 needs no contrast prompts, but its toxic prompts must not be stage 1's.
         recipe = self.data.contrast[method.contrast or "mixed"]
-        config.data = typed_yaml.load(Config, None, _overrides(recipe, self.data, config)).data
+        config.data = self._data(recipe, config)
         if stage == 1:
             config.align = None
         else:
@@ -197,6 +199,12 @@ class Study:
         if any(probed(replace(cell, share=share)) for share in (SHARES if stage == 1 else (cell.share,))):
             config.probe.every = _ENDS
         return config
+
+    def _data(self, contrast: Sources, config: Config) -> DataConfig:
+        """The data part of a cell's configuration, with these contrast prompts; checked like a user's own."""
+        kept = typed_yaml.to_tree(config)["data"]
+        tree = {**kept, "contrast": contrast, "general": self.data.general, "refusals": self.data.refusals}
+        return typed_yaml.load(Config, None, [f"data={json.dumps(tree)}"]).data
 
     def _train(self, cell: Cell, method: Method) -> tuple[Path, dict[str, Any]]:
         """The aligned model's folder, and what its stages took and saw."""
@@ -285,8 +293,8 @@ class Study:
 
     def _contrast(self, cell: Cell) -> list[ContrastPrompt]:
         """Stage 1's training prompts without its general ones, which other methods get as what they are."""
-        train = load_contrast(self.config(cell, stage=1).data, cell.seed).train
-        return [prompt for prompt in train if prompt.source != GENERAL]
+        data = self._data(self.data.contrast["without_general"], self.config(cell, stage=1))
+        return list(load_contrast(data, cell.seed).train)
 
     # --- judging -----------------------------------------------------------------------------------------------
 
@@ -344,13 +352,6 @@ def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:
 def _load(folder: Path) -> tuple[PreTrainedModel, ChatEncoder]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, ChatEncoder(AutoTokenizer.from_pretrained(folder), overlong="drop")
-
-
-def _overrides(contrast: Sources, data: StudyData, config: Config) -> list[str]:
-    """The data part of a configuration as ``key=value``, checked like a user's own."""
-    kept = typed_yaml.to_tree(config)["data"]
-    tree = {**kept, "contrast": contrast, "general": data.general, "refusals": data.refusals}
-    return [f"data={json.dumps(tree)}"]
 
 
 def _without_folders(tree: Any) -> Any:
