@@ -41,7 +41,10 @@ class ResponseLoss(nn.Module):
             return self._logits(batch, at)
         assert batch.labels is not None
         at = batch.labels.ne(-100).nonzero()[:, 0]
-        targets_N = batch.labels[at]
+        return self.summed(batch, at, batch.labels[at])
+
+    def summed(self, batch: Pack, at: Tensor, targets_N: Tensor) -> Tensor:
+        """The same for given positions int64 [N] and the tokens that follow there."""
         head = self.model.get_output_embeddings()
         # Fewer rows than are made at once gain nothing.
         if not self._head_is_last or head.weight.requires_grad or len(at) <= _rows_at_once(head):
@@ -57,8 +60,9 @@ class ResponseLoss(nn.Module):
         handle.remove()
         ((output, version),) = made
         # ZeRO-3's hooks hand on other tensors over the same memory.
-        same = logits.data_ptr() == output.data_ptr() and logits.shape == output.shape and logits.dtype == output.dtype
-        self._head_is_last = type(head) is nn.Linear and same and logits._version == version
+        same = all(get(logits) == get(output) for get in (_storage, Tensor.storage_offset, Tensor.size, Tensor.stride))
+        unchanged = same and logits.dtype == output.dtype and logits._version == version
+        self._head_is_last = type(head) is nn.Linear and unchanged
         return logits[0]
 
     def _call(self, batch: Pack, at: Tensor, *, whole: bool = False) -> Tensor:
@@ -72,6 +76,10 @@ class ResponseLoss(nn.Module):
             logits_to_keep=at,
         )
         return output.logits if whole else output.logits[0]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _rows_at_once(head: nn.Linear) -> int:

@@ -101,12 +101,13 @@ def model_activations(
             inject_adapter_in_model(adapter_config(settings.lora, whole), whole)
         return _checkpointed(ResponseLoss(whole), whole, model)
 
-    batch = _layout(prefix, examples)
-    at = torch.arange(responses)
+    batch, checked = _layout(prefix, examples), _layout(prefix, (1,))
+    at, targets_N, first = torch.arange(responses), torch.zeros(responses, dtype=torch.int64), torch.arange(1)
 
-    def loss(whole: nn.Module) -> Tensor:
-        logits_NV = whole(_pack(batch), at)
-        return F.cross_entropy(logits_NV.float(), torch.zeros(responses, dtype=torch.int64), reduction="sum")
+    def loss(whole: Any) -> Tensor:
+        with torch.no_grad():
+            whole(_pack(checked), first)  # as the check of the packing does, which finds out what the head is
+        return whole.summed(_pack(batch), at, targets_N)
 
     return _extrapolated(build, loss, depth(config))
 

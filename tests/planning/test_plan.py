@@ -9,12 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from toy import REPOSITORY, toy_checkpoint, toy_settings, write_config
+from transformers import LlamaConfig
 
-from dcr_scale.config import EngineConfig, load_config
+from dcr_scale.config import AlignConfig, EngineConfig, ModelConfig, load_config
 from dcr_scale.errors import UserError
+from dcr_scale.models.response_loss import _AT_ONCE
 from dcr_scale.models.trunk import build_skeleton, depth
 from dcr_scale.planning import describe_plan
+from dcr_scale.planning.activations import model_activations
 from dcr_scale.planning.gathering import Coordinator, Visit
 from dcr_scale.planning.hardware import DEVICES, GIB
 from dcr_scale.planning.modules import Parameter
@@ -53,6 +57,23 @@ def test_shipped_configurations_fit_their_models_and_one_node(name: str) -> None
     assert made.config.align.method == "lora"
     stages = plan(name, 8)
     assert [stage.fits for stage in stages.values()] == [True, True]
+
+
+def test_a_frozen_heads_logits_are_planned_as_they_are_made() -> None:
+    """A few rows at a time under LoRA; where the head trains, all at once, in the model's dtype and in float32."""
+    vocabulary, responses = 128256, 2000
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
+    )
+    needed = {}
+    for method in ("lora", "full"):
+        settings = AlignConfig(method=method)
+        found = model_activations(
+            config, settings, ModelConfig(path="none"),
+            prefix=8, examples=(2000,), responses=responses, attention="sdpa", dtype=torch.bfloat16,
+        )  # fmt: skip
+        needed[method] = found.kept + found.working
+    assert needed["lora"] < 4 * 4 * _AT_ONCE < vocabulary * responses * (2 + 4) < needed["full"]
 
 
 @pytest.mark.parametrize("gpus", [32, 64])
