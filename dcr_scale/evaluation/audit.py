@@ -143,7 +143,8 @@ class Audit:
             return f"shortcut audit: WARNING: {warnings[0]}{more}"
         area = self.within["all"]
         how = "hardly tell" if area.low < HARDLY else "in part tell" if area.low <= TELLING else "tell"
-        but = "; punctuation, length and mood do not" if how == "tell" else ""
+        alone = "hardly" if max(self.within[name].low for name in STYLE) < HARDLY else "in part"
+        but = f", punctuation, length or mood alone {alone}" if how == "tell" else ""
         return f"shortcut audit: surface features {how} the sides apart (AUC {area}){but}"
 
     def as_dict(self) -> dict[str, Any]:
