@@ -10,7 +10,8 @@ import pytest
 
 from dcr_scale.data.contrast import ContrastPrompt
 from dcr_scale.evaluation import audit as audits
-from dcr_scale.evaluation.audit import audit, mood
+from dcr_scale.evaluation.audit import Audit, audit, mood
+from dcr_scale.evaluation.intervals import Interval
 
 THINGS = ("wall", "lamp", "shed", "roof", "boat", "desk", "gate", "pipe")
 DEEDS = ("mend", "paint", "lift", "sell", "weigh", "move")
@@ -64,6 +65,17 @@ def test_labels_at_random_give_chance_and_no_warning() -> None:
         assert area.low <= 0.5 <= area.high
     assert found.warnings() == []
     assert found.verdict().startswith("shortcut audit: surface features hardly tell the sides apart (AUC 0.")
+
+
+@pytest.mark.parametrize(("length", "alone"), [(0.55, "hardly"), (0.7, "in part")])
+def test_the_verdict_on_telling_words_says_what_style_alone_does(length: float, alone: str) -> None:
+    def area(low: float) -> Interval:
+        return Interval(low + 0.05, low, low + 0.1)
+
+    within = {"words": area(0.8), "punctuation": area(0.5), "length": area(length), "mood": area(0.5), "all": area(0.8)}
+    verdict = Audit({}, within, {}, {}, None, False, ()).verdict()
+    assert "surface features tell the sides apart" in verdict
+    assert verdict.endswith(f", punctuation, length or mood alone {alone}")
 
 
 def test_words_that_recur_in_a_family_alone_tell_nothing() -> None:
