@@ -103,7 +103,8 @@ class Chaos:
         """SIGKILL a random rank at a random moment; ``struck`` says whether one was still there."""
         self.struck = False
         in_a_save = self.done % 2 == 1
-        moment = self.random.uniform(0.0, 0.3) if in_a_save else self.random.uniform(0.2, 1.0) * self.seconds
+        # Runs that go on are shorter than the whole one, whose seconds these are: their ends are struck too.
+        moment = self.random.uniform(0.0, 0.3) if in_a_save else self.random.uniform(0.2, 0.8) * self.seconds
         began = time.monotonic()
         while process.poll() is None:
             due = time.monotonic() - began >= moment
