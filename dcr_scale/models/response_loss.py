@@ -60,7 +60,9 @@ class ResponseLoss(nn.Module):
         handle.remove()
         ((output, version),) = made
         # ZeRO-3's hooks hand on other tensors over the same memory.
-        same = all(get(logits) == get(output) for get in (_storage, Tensor.storage_offset, Tensor.size, Tensor.stride))
+        same = all(
+            get(logits) == get(output) for get in (storage_of, Tensor.storage_offset, Tensor.size, Tensor.stride)
+        )
         unchanged = same and logits.dtype == output.dtype and logits._version == version
         self._head_is_last = type(head) is nn.Linear and unchanged
         return logits[0]
@@ -78,7 +80,8 @@ class ResponseLoss(nn.Module):
         return output.logits if whole else output.logits[0]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """A number of the memory that the tensor views, its own as long as that is held; fake tensors have one too."""
     return tensor.untyped_storage()._cdata
 
 

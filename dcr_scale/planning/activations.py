@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale.config import AlignConfig, ModelConfig, RefineConfig
 from dcr_scale.data.packing import Pack, PackLayout
-from dcr_scale.models.response_loss import ResponseLoss
+from dcr_scale.models.response_loss import ResponseLoss, storage_of
 from dcr_scale.models.trunk import Trunk, build_model, depth, truncated
 from dcr_scale.planning.modules import adapter_config
 from dcr_scale.refine import trains_embeddings
@@ -127,7 +127,7 @@ def _count(build: Callable[[int], nn.Module], loss: Callable[[nn.Module], Tensor
         module = build(layers).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(module)
-        weights = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        weights = {storage_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
         for parameter in module.parameters():
             if parameter.requires_grad:
                 # ZeRO-3 takes a gradient away as soon as it is there.
@@ -176,10 +176,6 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """``total`` bytes of the distinct storages that autograd saves inside the context, but for those of ``weights``."""
 
@@ -188,7 +184,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self._seen: dict[int, Any] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if key not in weights and key not in self._seen:
                 self._seen[key] = tensor.untyped_storage()  # held, so that no other takes its number
                 self.total += tensor.untyped_storage().nbytes()

@@ -227,6 +227,14 @@ def test_a_full_device_names_the_settings_that_help(
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
 
 
+@pytest.mark.parametrize("text", ['{"format": 1, "id": "a"}', '{"format": 1', "[]"])
+def test_a_damaged_progress_says_how_to_begin_anew(config: Path, tmp_path: Path, alone: None, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "progress.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"progress.json: is damaged; --fresh begins the run anew"):
+        begin(config, tmp_path / "run", *SHORT)
+
+
 def test_what_is_kept_for_good_is_among_what_is_saved(config: Path) -> None:
     for every in ("null", "0", "4"):
         with pytest.raises(UserError, match=r"checkpoint.keep_every=6 is no multiple of checkpoint.every="):
