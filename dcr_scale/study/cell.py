@@ -99,25 +99,29 @@ class Study:
 
         What a method does not use is not in it: STL's cells stay what they are when stage 1 changes.
         """
-        method, stages = METHODS[cell.method], [self.config(cell, stage=stage) for stage in (1, 2)]
+        method, align = METHODS[cell.method], self.config(cell, stage=2)
         used: dict[str, Any] = {"model": self.base.model.path, "max_new_tokens": self.max_new_tokens}
-        used["align"] = typed_yaml.to_tree(stages[1])["align"]
+        used["align"] = typed_yaml.to_tree(align)["align"]
         used["sources"] = [self.data.general, self.data.refusals]
         if method.contrast is not None:
-            used["refine"] = typed_yaml.to_tree(stages[0])["refine"]
+            used["refine"] = self._stage_1(cell)
         # The probe's pairs are held-out contrast prompts.
         if method.contrast is not None or probed(cell):
             used["contrast"] = self.data.contrast[method.contrast or "mixed"]
-        if method.answered or method.steering is not None:
-            used["contrast"] = self.data.contrast["without_general"]
-        if method.answered:
-            used["answered"] = self.answered
         if method.steering is not None:
+            used["contrast"] = self.data.contrast["without_general"]
             used["fit"] = _FIT[method.steering]
+        if method.answered:
+            used["answered"] = [self.answered, self.data.contrast["without_general"]]
         # How memory is spent and what is written besides change no model.
         used["align"]["lora"].pop("export")
-        used.get("refine", {}).pop("micro_batch_tokens", None)
-        return hashlib.blake2b(json.dumps(_without_folders(used)).encode(), digest_size=8).hexdigest()
+        return _digest(used)
+
+    def _stage_1(self, cell: Cell) -> dict[str, Any]:
+        """``refine`` of the cell's configuration, without what changes no model."""
+        tree = typed_yaml.to_tree(self.config(cell, stage=1))["refine"]
+        tree.pop("micro_batch_tokens")
+        return tree
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The cell's record, from disk where it has been finished before."""
@@ -195,8 +199,8 @@ class Study:
             config.align = None
         else:
             config.refine = None
-        # Stage 1 serves all shares of a seed, so it is measured for whichever comes first.
-        if any(probed(replace(cell, share=share)) for share in (SHARES if stage == 1 else (cell.share,))):
+        # Stage 1 serves all shares of a seed and other methods, so it is measured for whichever comes first.
+        if stage == 1 or probed(cell):
             config.probe.every = _ENDS
         return config
 
@@ -219,11 +223,15 @@ class Study:
     def _refine(self, cell: Cell) -> Path:
         def build(partial: Path) -> None:
             config = self.config(cell, stage=1)
-            config.run.name, config.run.dir = f"{cell.method}, stage 1", str(partial)
+            config.run.name, config.run.dir = f"stage 1, seed {cell.seed}", str(partial)
             run(config)
 
-        # Stage 1 is the same at all shares, and goes by the first one's name.
-        return build_once(self._folder("refined", replace(cell, share=SHARES[0])), build)
+        # The same at all shares, and for methods that differ in stage 2.
+        recipe = METHODS[cell.method].contrast or "mixed"
+        made_by = _digest(
+            {"model": self.base.model.path, "refine": self._stage_1(cell), "contrast": self.data.contrast[recipe]}
+        )
+        return build_once(self.work / "refined" / f"seed{cell.seed}_{made_by}", build)
 
     def _align(self, cell: Cell, method: Method, partial: Path) -> None:
         config = self.config(cell, stage=2)
@@ -352,6 +360,10 @@ def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:
 def _load(folder: Path) -> tuple[PreTrainedModel, ChatEncoder]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, ChatEncoder(AutoTokenizer.from_pretrained(folder), overlong="drop")
+
+
+def _digest(used: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(_without_folders(used)).encode(), digest_size=8).hexdigest()
 
 
 def _without_folders(tree: Any) -> Any:

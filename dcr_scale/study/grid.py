@@ -19,6 +19,7 @@ _SECOND = (
     "dcr_retained",
     "dcr_layer_8",
     "dcr_layer_24",
+    "dcr_answered",
     "dcr_toxic_third",
 )
 
