@@ -80,6 +80,9 @@ class Estimate:
     deviations: Tensor
     by_layer: Tensor
 
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.squared, self.deviations, self.by_layer
+
 
 def estimate(products: Tensor, cross: Tensor | None, c: Tensor, vocabulary: int, blocks: Blocks) -> Estimate:
     """Unbiased ‖K‖²_F and its parts from inner products of sketches.
@@ -104,7 +107,8 @@ def estimate(products: Tensor, cross: Tensor | None, c: Tensor, vocabulary: int,
     traces = total.mean(dim=0).diagonal(dim1=-2, dim2=-1)  # [I, J, R]
     squared = c**2 * vocabulary + 2 * c * traces.mean(dim=-1) + squares.sum(dim=(-2, -1)) / pairs
     layers = products[:-1]
-    by_layer = torch.einsum("lgijrs,gijrs->lij", layers, partner * apart) / pairs
+    partner = partner * apart
+    by_layer = torch.stack([(layer * partner).sum(dim=(0, -2, -1)) for layer in layers]) / pairs
     by_layer = by_layer + c * layers.mean(dim=1).diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     deviations = [*_probe_deviations(traces, squares, c), *_sketch_deviations(total, c, blocks, apart / pairs)]
     return Estimate(squared, torch.stack(deviations), by_layer)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from dcr_scale.models.trunk import build_skeleton, decoder_layers
 from dcr_scale.probe.passes import plan_micro_batches
-from dcr_scale.probe.reduction import block_height, owners
+from dcr_scale.probe.reduction import owners, pair_blocks
 from dcr_scale.probe.units import Inventory, select, shape_of, take_inventory
 from dcr_scale.runlog import size
 
@@ -153,9 +153,8 @@ def _products_sent(prompts: int, sender: int, shares: list[range], slices: int, 
     world_size, blocks = len(shares), groups if groups > 1 else 4
     sent = 0
     for columns in (prompts, 1):
-        height = block_height(prompts, columns, slices, blocks, probes)
-        for number, start in enumerate(range(0, prompts, height)):
+        cut = pair_blocks(prompts, columns, slices, blocks, probes, symmetric=columns == prompts)
+        for number, (rows, met) in enumerate(cut):
             if number % world_size != sender:
-                pairs = min(height, prompts - start) * columns
-                sent += len(shares[sender]) * blocks * pairs * probes**2 * _DOUBLE
+                sent += len(shares[sender]) * blocks * len(rows) * len(met) * probes**2 * _DOUBLE
     return sent

@@ -19,6 +19,8 @@ from dcr_scale.probe.estimator import Blocks, Estimate, cut_into_blocks
 
 # Inner products of one block of pairs, all slices together, in bytes.
 _BLOCK_BYTES = 256 * 2**20
+# At least so many blocks of a set of prompts with itself: half of its pairs mirror the others.
+_BANDS = 8
 
 
 def owners(slices: int, size: int) -> list[range]:
@@ -67,6 +69,9 @@ def collect_rows(local: Tensor, items: Tensor, total: int) -> Tensor:
 def own_slices(slices: list[Tensor], items: Tensor, total: int) -> dict[int, Tensor]:
     """Every item's coordinates in the slices that this rank owns: {slice: [total, G, C_s]}."""
     size = world_size()
+    if size == 1:
+        order = items.argsort()
+        return dict(enumerate(_chosen(rows, order, dim=0) for rows in slices))
     shares = owners(len(slices), size)
     sent = [torch.cat([slices[s] for s in share], dim=2) if share else slices[0][:, :, :0] for share in shares]
     rows = exchange(sent)
@@ -77,6 +82,14 @@ def own_slices(slices: list[Tensor], items: Tensor, total: int) -> dict[int, Ten
         everything[index] = part
     widths = [slices[s].shape[2] for s in mine]
     return dict(zip(mine, everything.split(widths, dim=2), strict=True)) if mine else {}
+
+
+def _chosen(rows: Tensor, which: Tensor, dim: int) -> Tensor:
+    """``rows`` at positions ``which`` (int64 [n]) of a dimension: a view where they follow one another."""
+    first, count = int(which[0]) if len(which) else 0, len(which)
+    if torch.equal(which, torch.arange(first, first + count, device=which.device)):
+        return rows.narrow(dim, first, count)
+    return rows.index_select(dim, which)
 
 
 class Products:
@@ -91,29 +104,44 @@ class Products:
 
     def __init__(self, own: dict[int, Tensor], slices: int, rank: int, probes: int):
         self.slices, self.probes = slices, probes
-        self._own = {
-            s: cut_into_blocks(x, rank).transpose(0, 1).double().contiguous().unflatten(1, (-1, probes))
-            for s, x in own.items()
-        }  # [G, N, R, C]
+        self._own = [
+            cut_into_blocks(x, rank)
+            .transpose(0, 1)
+            .to(torch.float64, memory_format=torch.contiguous_format)
+            .unflatten(1, (-1, probes))
+            for x in own.values()
+        ]  # [G, N, R, C]
 
     def block(self, left: Tensor, right: Tensor, paired: bool) -> Tensor:
         """This rank's slices: float64 [S_own, G, I, J, R, R] for prompts ``left`` × ``right`` (int64 [I], [J]), or
         [S_own, G, I, 1, R, R] for pairs (left[i], right[i])."""
-        products = []
-        for sketches in self._own.values():
-            a, b = sketches[:, left], sketches[:, right]
-            if paired:
-                products.append((a @ b.mT)[:, :, None])
-            else:
-                full = torch.bmm(a.flatten(1, 2), b.flatten(1, 2).mT)
-                full = full.view(len(a), len(left), self.probes, len(right), self.probes)
-                products.append(full.permute(0, 1, 3, 2, 4))
-        return torch.stack(products) if products else torch.empty(0, dtype=torch.float64, device=left.device)
+        if not self._own or not len(left):
+            return torch.empty(0, dtype=torch.float64, device=left.device)
+        sides = [(_chosen(x, left, 1), _chosen(x, right, 1)) for x in self._own]
+        if paired:
+            return torch.stack([(a @ b.mT)[:, :, None] for a, b in sides])
+        blocks, probes = len(self._own[0]), self.probes
+        products = left.new_empty(len(sides), blocks, len(left) * probes, len(right) * probes, dtype=torch.float64)
+        for place, (a, b) in zip(products, sides, strict=True):
+            torch.bmm(a.flatten(1, 2), b.flatten(1, 2).mT, out=place)
+        return products.view(len(sides), blocks, len(left), probes, len(right), probes).transpose(3, 4)
 
 
-def block_height(prompts: int, columns: int, slices: int, blocks: int, probes: int) -> int:
-    """How many prompts' products with ``columns`` others make one block of pairs."""
-    return max(1, min(prompts, _BLOCK_BYTES // (8 * slices * blocks * columns * probes**2)))
+def pair_blocks(
+    rows: int, columns: int, slices: int, blocks: int, probes: int, *, symmetric: bool = False
+) -> list[tuple[range, range]]:
+    """Rows and columns of the blocks that pairs are worked on in, whatever the number of ranks.
+
+    ``symmetric``: rows and columns are the same prompts, and every block begins at the diagonal.
+    """
+    height = max(1, min(rows, _BLOCK_BYTES // (8 * slices * blocks * columns * probes**2)))
+    if symmetric:
+        # So many bands that little more than the triangle is left.
+        height = min(height, -(-rows // _BANDS))
+    return [
+        (range(start, min(start + height, rows)), range(start if symmetric else 0, columns))
+        for start in range(0, rows, height)
+    ]
 
 
 def estimate_pairs(
@@ -128,34 +156,45 @@ def estimate_pairs(
     """Estimates for all pairs of prompts ``left`` × ``right``, or for the pairs themselves ([I, 1]).
 
     ``finish`` turns products [S, G, I, J, R, R] of the prompts it is given into estimates. Every rank gets the whole
-    result. The height of a block does not depend on the number of ranks.
+    result.
     """
-    size = world_size()
-    columns = 1 if paired else len(right)
-    height = block_height(len(left), columns, products.slices, len(blocks.weights), products.probes)
-    spans = [range(start, min(start + height, len(left))) for start in range(0, len(left), height)]
+    size, mine = world_size(), own_rank()
+    symmetric = not paired and torch.equal(left, right)
+    cut = pair_blocks(
+        len(left), 1 if paired else len(right), products.slices, len(blocks.weights), products.probes,
+        symmetric=symmetric,
+    )  # fmt: skip
+
+    def prompts(rows: range, columns: range) -> tuple[Tensor, Tensor]:
+        chosen = rows if paired else columns
+        return left[rows.start : rows.stop], right[chosen.start : chosen.stop]
+
     found: list[Estimate] = []
-    for first in range(0, len(spans), size):
-        turn = spans[first : first + size]
-        pieces = []
-        for rank in range(size):
-            rows = turn[rank] if rank < len(turn) else range(0)
-            chosen = left[rows.start : rows.stop]
-            pieces.append(products.block(chosen, right[rows.start : rows.stop] if paired else right, paired))
+    for first in range(0, len(cut), size):
+        turn = cut[first : first + size]
+        nothing = left[:0]
+        pieces = [products.block(*prompts(*pairs), paired) for pairs in turn]
+        pieces += [products.block(nothing, nothing, paired)] * (size - len(turn))
         received = exchange(pieces)
-        mine = own_rank()
-        whole = torch.cat([part for part in received if part.numel()]) if mine < len(turn) else None
         local = None
-        if whole is not None:
-            rows = turn[mine]
-            chosen = left[rows.start : rows.stop]
-            local = finish(whole, chosen, right[rows.start : rows.stop] if paired else right, paired)
+        if mine < len(turn):
+            whole = torch.cat([part for part in received if part.numel()]) if size > 1 else received[0]
+            local = finish(whole, *prompts(*turn[mine]), paired)
         found += _share(local, len(turn))
-    return Estimate(
-        torch.cat([e.squared for e in found]),
-        torch.cat([e.deviations for e in found], dim=1),
-        torch.cat([e.by_layer for e in found], dim=1),
-    )
+    parts = [estimate.fields() for estimate in found]
+    return Estimate(*(_assemble(part, cut, symmetric) for part in zip(*parts, strict=True)))
+
+
+def _assemble(parts: Sequence[Tensor], cut: Sequence[tuple[range, range]], symmetric: bool) -> Tensor:
+    """Blocks of rows [..., I, J] as one tensor, those of a symmetric one mirrored at the diagonal."""
+    if not symmetric:
+        return torch.cat(list(parts), dim=-2)
+    size = cut[0][1].stop
+    whole = parts[0].new_empty(*parts[0].shape[:-2], size, size)
+    for part, (rows, columns) in zip(parts, cut, strict=True):
+        whole[..., rows.start : rows.stop, columns.start : columns.stop] = part
+        whole[..., columns.start : columns.stop, rows.start : rows.stop] = part.mT
+    return whole
 
 
 def _share(local: Estimate | None, count: int) -> list[Estimate]:
@@ -163,6 +202,5 @@ def _share(local: Estimate | None, count: int) -> list[Estimate]:
     if world_size() == 1:
         return [local]
     everyone: list = [None] * world_size()
-    packed = None if local is None else [x.cpu() for x in (local.squared, local.deviations, local.by_layer)]
-    dist.all_gather_object(everyone, packed)
+    dist.all_gather_object(everyone, None if local is None else [x.cpu() for x in local.fields()])
     return [Estimate(*packed) for packed in everyone[:count]]
