@@ -43,8 +43,10 @@ study: $(INSTALLED)
 study-quick: $(INSTALLED)
 	DS_ACCELERATOR=cpu $(BIN)/python launchers/study.py --grid quick $(ARGS)
 
+# A file's tests share what its fixtures cost, and most of a test is one thread's work. Each process has ranks of its own.
+JOBS ?= 2
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

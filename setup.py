@@ -12,6 +12,7 @@ DEV = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8.2",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     # Reads the GGUF file of the demo model.
     "gguf>=0.10",

@@ -123,11 +123,22 @@ def deepspeed_config(
     return config
 
 
+class _UndefinedWeights(deepspeed.zero.Init):
+    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut."""
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
 def partitioned(settings: EngineConfig, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Modules built in this context spread each parameter over the ranks at once: no rank ever holds the model."""
+    """Modules built in this context spread each parameter over the ranks at once: no rank ever holds the model.
+
+    The weights are yet to be loaded: each rank keeps its part of its own initial values.
+    """
     # The dtype goes in with the configuration: zero.Init's own argument is ignored where fp16 is not supported
     # (DeepSpeed 0.19.8 makes bf16 of any dtype on a CPU).
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(settings, None, dtype, device))
+    return _UndefinedWeights(config_dict_or_path=deepspeed_config(settings, None, dtype, device))
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:

@@ -178,7 +178,5 @@ def test_four_ranks_read_the_file_once_and_hold_no_more_than_their_part_and_a_te
     load, export = found["ours"]["load"], found["ours"]["export"]
     assert 1.0 <= load["bytes_read_ratio"] <= 1.05
     assert 1.0 <= export["bytes_written_ratio"] <= 1.05
-    # Modules and names are Python objects of a few MiB, whatever the model's width.
-    objects = 8 * 2**20
-    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"] + objects
+    assert load["peak_bytes_a_rank"] <= found["ours"]["partition_bytes"] + found["largest_tensor_bytes"]
     assert export["peak_bytes_a_rank"] <= found["largest_tensor_bytes"]
