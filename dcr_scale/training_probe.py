@@ -119,9 +119,14 @@ class TrainingProbe:
 
     def matrices(self) -> dict[str, Any]:
         """For ``kernel_similarity.json``: every pair's normalised similarity, x' down and x across, at the first and
-        the last measurement of each stage, and whose the rows are."""
+        the last measurement of each stage, whose the rows are, and which pairs (row, column) are of which kind."""
+        number = {ids: i for i, ids in enumerate(self.sequences)}
         return {
             "prompts": self.described,
+            "pairs": {
+                kind: [[number[observed], number[trained]] for observed, trained in pairs]
+                for kind, pairs in self.pairs.items()
+            },
             **{
                 stage: {
                     end: [[float(f"{value:.4g}") for value in row] for row in found.tolist()]

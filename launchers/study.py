@@ -1,4 +1,4 @@
-"""Compare methods at equal defence: ``python launchers/study.py --grid first``; `make study` says the same.
+"""Compare methods at equal defence: ``python launchers/study.py``; `make study` says the same.
 
 Trains and judges every cell that has no record yet, so that the same command goes on where it was cut off, then writes
 docs/study.md's tables and pictures from all records. Exit codes: 0 done, 2 something to put right (one line says what).
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", nargs="+", default=["first"], choices=("first", "second", "quick"))
+    parser.add_argument("--grid", nargs="+", default=["first", "second"], choices=("first", "second", "quick"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells side by side (default: one a core)")
     parser.add_argument("--config", default=str(ROOT / "configs" / "study.yaml"))
     parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
@@ -36,7 +36,7 @@ def study() -> None:
     from dcr_scale.study import command, document
 
     quick = given.grid == ["quick"]
-    records = given.records or ROOT / "benchmarks" / "results" / ("study_quick" if quick else "study")
+    records = given.records or command.records_folder(ROOT / "benchmarks" / "results", given.data, quick=quick)
     configure_console(0)
     if not given.report_only:
         opened = command.open_study(given.config, records, given.work, given.data, quick=quick)
@@ -46,7 +46,9 @@ def study() -> None:
         cells = [cell for name in given.grid for cell in command.GRIDS[name]()]
         own = [sys.executable, __file__, *_same(given), "--cell"]
         command.run_cells(opened, cells, own, max(1, given.jobs))
-    logging.getLogger().info("\n%s", document.write(records, None if quick else ROOT / "docs" / "study.md"))
+    # The page is about published suites.
+    page = ROOT / "docs" / "study.md" if not quick and given.data.is_dir() else None
+    logging.getLogger().info("\n%s", document.write(records, page))
 
 
 def _same(given: argparse.Namespace) -> list[str]:

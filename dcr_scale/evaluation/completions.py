@@ -132,11 +132,14 @@ class CompletionStore:
         for path in [self.folder / f"{name}.jsonl", *self._parts(name)]:
             if path.exists():
                 for where, row in _rows(path):
+                    answer = _answer(row, where, known)
                     # A part that was put together but not yet removed says the same again.
-                    found.setdefault(row.get("id", ""), _answer(row, where, known))
+                    found.setdefault(answer.prompt.id, answer)
         ordered = [found[prompt.id] for prompt in prompts if prompt.id in found]
         if ordered:
             self._replace(name, ordered)
+        else:
+            self._drop_parts(name)  # of half a line, which the next answer would be written behind
         return ordered
 
     def _replace(self, name: str, answers: Sequence[Answer]) -> None:
@@ -148,6 +151,9 @@ class CompletionStore:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
+        self._drop_parts(name)
+
+    def _drop_parts(self, name: str) -> None:
         for part in self._parts(name):
             part.unlink()
 

@@ -109,38 +109,6 @@ def bootstrap(
     return Interval(estimate, float(low), float(high), undefined=int(draws - len(defined)))
 
 
-def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, **options: float) -> Interval:
-    """Mean of ``ours`` minus mean of ``theirs``; both [seeds, prompts], or [prompts], of the same prompts in order.
-
-    ``options`` are those of :func:`bootstrap`. Raises ValueError where the shapes differ.
-    """
-    ours, theirs = _paired(ours_SN, theirs_SN)
-
-    def difference(at: Mapping[str, np.ndarray]) -> float:
-        chosen = np.ix_(at["seed"], at["prompt"])
-        return ours[chosen].mean() - theirs[chosen].mean()
-
-    return bootstrap(difference, {"seed": ours.shape[0], "prompt": ours.shape[1]}, **options)  # type: ignore[arg-type]
-
-
-def paired_ratio(ours_SN: np.ndarray, theirs_SN: np.ndarray, **options: float) -> Interval:
-    """Mean of ``ours`` over mean of ``theirs``, as :func:`paired_difference`; x/0 is ∞, and 0/0 undefined."""
-    ours, theirs = _paired(ours_SN, theirs_SN)
-
-    def ratio(at: Mapping[str, np.ndarray]) -> float:
-        chosen = np.ix_(at["seed"], at["prompt"])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return ours[chosen].mean() / theirs[chosen].mean()
-
-    return bootstrap(ratio, {"seed": ours.shape[0], "prompt": ours.shape[1]}, **options)  # type: ignore[arg-type]
-
-
-def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if np.shape(ours) != np.shape(theirs):
-        raise ValueError(f"outcomes of shapes {np.shape(ours)} and {np.shape(theirs)} are not of the same prompts")
-    return np.atleast_2d(np.asarray(ours, dtype=float)), np.atleast_2d(np.asarray(theirs, dtype=float))
-
-
 def area_under_roc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:
     """The chance that a positive scores above a negative, ties half; nan where a class is empty."""
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)

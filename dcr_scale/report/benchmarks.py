@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import CLASSES
 from dcr_scale.report import figures
 from dcr_scale.report.changes import NAMES, Change, Headline, changes, headline, percent, points, side_by_side
@@ -62,12 +63,24 @@ def benchmarks(evaluations: Sequence[Evaluation]) -> Benchmarks:
 
 
 def _names(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What the models are called: by their folder where two have one name, as ``aligned`` of two runs."""
+    """What the models are called: where two have one name, as ``aligned`` of two runs, by as much of their folders'
+    paths as tells them apart.
+
+    Raises UserError for one that is given twice.
+    """
     names = [evaluation.name for evaluation in evaluations]
-    return [
-        evaluation.name if names.count(evaluation.name) == 1 else evaluation.folder.resolve().name
-        for evaluation in evaluations
-    ]
+    paths = [evaluation.folder.resolve().parts for evaluation in evaluations]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        if len(set(names)) == len(names):
+            break
+        ends = ["/".join(path[-depth:]) for path in paths]
+        names = [
+            end if [e.name for e in evaluations].count(evaluation.name) > 1 else evaluation.name
+            for evaluation, end in zip(evaluations, ends, strict=True)
+        ]
+    if len(set(names)) < len(names):
+        raise UserError(f"{evaluations[0].folder}: is given twice; give each evaluation once")
+    return names
 
 
 def _table(found: dict[str, Change], models: Sequence[str]) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from dcr_scale.errors import UserError
 from dcr_scale.evaluation import judge
 from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
 from dcr_scale.evaluation.harness import evaluate_suites
-from dcr_scale.evaluation.identity import digest
+from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.perplexity import perplexity
 from dcr_scale.models.cache import build_once
-from dcr_scale.models.checkpoint import resolve
+from dcr_scale.models.checkpoint import Checkpoint, resolve
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
 from dcr_scale.study.grid import SHARES, Cell, probed
@@ -89,10 +89,6 @@ class Study:
         if record["made_by"] != self.made_by(cell):
             raise UserError(f"{path}: was made by other settings than the study has now; remove it, or give --records")
         return record
-
-    def _folder(self, kind: str, cell: Cell) -> Path:
-        """Where a cell's checkpoint, answers or vectors lie while it is worked on; other settings lie elsewhere."""
-        return self.work / kind / f"{cell.name}_{self.made_by(cell)}"
 
     def made_by(self, cell: Cell) -> str:
         """A digest of all that decides what the cell's models become and how they are asked, but for where files lie.
@@ -169,9 +165,9 @@ class Study:
     def _judged_anew(self, cell: Cell, world: World) -> dict[str, Any] | None:
         """The record of an earlier judge with today's verdicts on the answers that are kept, where they all are."""
         record = self._recorded(cell)
-        if record is None:
+        if record is None or "weights" not in record:
             return None
-        kept = self._store(cell, world).kept(self.data.suites)
+        kept = self._store(cell, record["weights"], world).kept(self.data.suites)
         if any(prompt.id not in kept for prompts in self.data.suites.values() for prompt in prompts):
             return None
         verdicts = {
@@ -242,7 +238,7 @@ class Study:
             summary = json.loads((refined / "summary.json").read_text(encoding="utf-8"))
             facts["refine"] = summary["refine"]
             facts["seconds"]["refine"] = summary["seconds"]["refine"]
-            facts["probe"].update(_ends(summary, "refine"))
+            facts["probe"].update(_ends(refined, summary, "refine"))
             config.model.path = str(refined / "refined")
         if method.answered:
             config.data.answered = typed_yaml.load(
@@ -252,7 +248,7 @@ class Study:
             config.align.answered_share = self.answered / cast(int, config.align.examples)
         summary = run(config)
         facts["align"], facts["seconds"]["align"] = summary["align"], summary["seconds"]["align"]
-        facts["probe"].update(_ends(summary, "align"))
+        facts["probe"].update(_ends(partial, summary, "align"))
         (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
     def _answers(self, cell: Cell) -> Path:
@@ -308,7 +304,8 @@ class Study:
 
     def _judge(self, cell: Cell, folder: Path, steering: baselines.Steering | None, world: World) -> dict[str, Any]:
         model, encoder = _load(folder)
-        store = self._store(cell, world)
+        weights = weights_digest(Checkpoint.open(folder))
+        store = self._store(cell, weights, world)
         result = evaluate_suites(
             model, encoder, self.data.suites,
             max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, steering=steering, store=store,
@@ -316,19 +313,18 @@ class Study:
         examples = self._examples(encoder)
         known = perplexity(model, encoder.tokenizer, examples, partitioned=False, world=world, steering=steering)
         return {
+            "weights": weights,
             "suites": {name: _verdicts(answers) for name, answers in result.answers.items()},
             "perplexity": known.as_dict(),
             "generated_tokens": result.tokens,
         }
 
-    def _store(self, cell: Cell, world: World) -> CompletionStore:
-        """The cell's answers: one that was cut off goes on with those it has; they stay, to be looked at."""
-        folder = self._folder("answers", cell)
-        settings = {
-            "model": str(self.work / "aligned" / folder.name / "aligned"),
-            "max_new_tokens": self.max_new_tokens,
-        }
-        return CompletionStore(folder, settings, world)
+    def _store(self, cell: Cell, weights: str, world: World) -> CompletionStore:
+        """The answers of a cell's model: an evaluation that was cut off goes on with those it has; they stay, to be
+        looked at. ``weights``: digest of the model's; one that was trained again is another."""
+        asked = digest(json.dumps(self.data.categories(), sort_keys=True).encode())
+        folder = self.work / "answers" / f"{cell.name}_{self.made_by(cell)}_{weights[:8]}_{asked[:8]}"
+        return CompletionStore(folder, {"weights": weights, "max_new_tokens": self.max_new_tokens}, world)
 
     def _examples(self, encoder: ChatEncoder) -> list[EncodedExample]:
         answered = [prompt for prompts in self.data.suites.values() for prompt in prompts if prompt.response]
@@ -342,10 +338,14 @@ def judge_digest() -> str:
     return digest(judge.WEIGHTS.read_bytes())
 
 
-def _ends(summary: dict[str, Any], stage: str) -> dict[str, Any]:
-    """A stage's first and last measurement by the probe, where it was on."""
+def _ends(folder: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A stage's first and last measurement by the probe, where it was on; ``cross``: each matched pair's similarity."""
     found = summary.get("probe", {}).get(stage)
-    return {stage: found} if found is not None else {}
+    if found is None:
+        return {}
+    matrices = json.loads((folder / "kernel_similarity.json").read_text(encoding="utf-8"))
+    pairs = matrices["pairs"].get("cross", [])
+    return {stage: {**found, "cross": {end: [matrices[stage][end][i][j] for i, j in pairs] for end in matrices[stage]}}}
 
 
 def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dcr_scale.runlog import duration
 from dcr_scale.study.cell import Study
 from dcr_scale.study.data import builtin_data, research_data
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
+from dcr_scale.study.methods import METHODS
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,16 @@ _PROMPTS = {True: 24, False: 80}
 _SUITES = "suites.json"
 
 
+def records_folder(results: Path, data: Path, *, quick: bool) -> Path:
+    """Where records lie unless told otherwise: those of our own prompts, or of few prompts, apart."""
+    return results / ("study_quick" if quick else "study" if data.is_dir() else "study_builtin")
+
+
 def open_study(config: str, records: Path, work: Path, data: Path, *, quick: bool) -> Study:
-    """The study as its configuration has it. Raises UserError for a configuration without both stages."""
+    """The study as its configuration has it: on research data where ``data`` is a folder, else on our own prompts.
+
+    Raises UserError for a configuration without both stages.
+    """
     base = load_config(config, [])
     if base.refine is None or base.align is None or base.align.examples is None:
         raise UserError(f"{config}: the study needs refine, align and align.examples")
@@ -36,8 +45,10 @@ def open_study(config: str, records: Path, work: Path, data: Path, *, quick: boo
 
 
 def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:
-    """Those without a record. Raises UserError for records that were made by other settings."""
-    return [cell for cell in cells if study.finished(cell) is None]
+    """Those without a record that the data at hand can make. Raises UserError for records that were made by other
+    settings."""
+    known = study.data.contrast
+    return [cell for cell in cells if METHODS[cell.method].contrast in (None, *known) and study.finished(cell) is None]
 
 
 def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs: int) -> None:
@@ -49,7 +60,10 @@ def run_cells(study: Study, cells: Sequence[Cell], command: Sequence[str], jobs:
     _write_suites(study)
     waiting, began = pending(study, cells), time.perf_counter()
     running: dict[Cell, tuple[subprocess.Popen, set[int]]] = {}
-    log.info("%d of %d cells are finished", len(cells) - len(waiting), len(cells))
+    lacking = {METHODS[c.method].title for c in cells if METHODS[c.method].contrast not in (None, *study.data.contrast)}
+    if lacking:
+        log.info("left out, as the prompts of their stage 1 are not there: %s", ", ".join(sorted(lacking)))
+    log.info("%d of %d cells are finished or left out", len(cells) - len(waiting), len(cells))
     total = len(waiting)
     cores = sorted(os.sched_getaffinity(0))
     free = [set(cores[job::jobs] or cores) for job in range(jobs)]

@@ -12,6 +12,7 @@ from dcr_scale.config import DataConfig, Label
 from dcr_scale.data.contrast import ContrastPrompt, load_contrast
 from dcr_scale.data.instructions import Instruction, load_general, load_refusals
 from dcr_scale.data.splitting import draw
+from dcr_scale.evaluation.identity import digest
 from dcr_scale.evaluation.suites import SuitePrompt, load_suite
 
 Sources = list[dict[str, Any]]
@@ -37,10 +38,11 @@ class StudyData:
     published: bool
 
     def categories(self) -> dict[str, Any]:
-        """Each suite's prompts by id, class and category, without their text."""
+        """Each suite's prompts by id, class, category and a digest, without their text."""
         return {
             name: {
                 "class": prompts[0].of_class,
+                "digest": digest("\n".join(prompt.text for prompt in prompts).encode()),
                 "ids": [prompt.id for prompt in prompts],
                 "categories": [prompt.category for prompt in prompts],
             }

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from dcr_scale.errors import UserError
-from dcr_scale.evaluation.intervals import Interval
 from dcr_scale.runlog import duration
 from dcr_scale.study import pictures
-from dcr_scale.study.analysis import Curve, curves, rate, ratio
+from dcr_scale.study.analysis import Curve, common_defence, curves, paired, rate, ratio
 from dcr_scale.study.command import read_records
 from dcr_scale.study.methods import METHODS
+from dcr_scale.study.verdict import shown, verdict
 
 
 def write(records: Path, page: Path | None) -> str:
@@ -29,14 +29,16 @@ def write(records: Path, page: Path | None) -> str:
     lines = curves(found, classes)
     if "stl" not in lines:
         raise UserError(f"{records}: no seed of STL has all its shares yet; there is nothing to compare with")
-    headline = comparison(lines)
+    headline = comparison(lines, curves(found, classes, by="phrases"))
     if page is not None:
         folder = page.parent / "pictures"
         folder.mkdir(exist_ok=True)
         pictures.trade_off(folder / "study_trade_off.png", lines)
         blocks = {
+            "verdict": verdicts(lines, found),
             "comparison": headline,
-            "points": points(lines),
+            "rivals": rivals(lines),
+            "points": points(lines, found),
             "suites": by_suite(lines),
             "cost": cost(found),
             "failures": failures(lines, suites),
@@ -59,57 +61,67 @@ def filled(text: str, blocks: Mapping[str, str]) -> str:
     return text
 
 
-def comparison(lines: Mapping[str, Curve]) -> str:
+def verdicts(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:
+    """DCR's goals: :func:`~dcr_scale.study.verdict.verdict`."""
+    return _table([("DCR", "measured", "holds"), *verdict(lines, records)])
+
+
+def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> str:
     """Every method against STL where they defend equally well."""
-    rows: list[tuple[str, ...]] = [("method", "seeds", "seemingly toxic, × STL", "general, × STL", "at defence")]
+    head = ("method", "seeds", "seemingly toxic, × STL", "the same by phrases", "general, × STL", "at defence")
+    rows: list[tuple[str, ...]] = [head]
     stl = lines["stl"]
     for name, line in _in_order(lines):
-        if name == "stl":
-            continue
-        low, high = _common(line, stl)
-        rows.append(
-            (
-                METHODS[name].title,
-                str(line.seeds),
-                _shown(ratio(line, stl)),
-                _shown(ratio(line, stl, "general")),
-                f"{low:.2f} … {high:.2f}" if high > low else "none in common",
-            )
-        )
+        if name != "stl":
+            phrases = ratio(by_phrases[name], by_phrases["stl"])
+            compared = (shown(ratio(line, stl)), shown(phrases), shown(ratio(line, stl, "general")))
+            rows.append((METHODS[name].title, _seeds(line, stl), *compared, _range(line, stl)))
     return _table(rows)
 
 
-def points(lines: Mapping[str, Curve]) -> str:
-    """Each model of each method as a point."""
-    rows: list[tuple[str, ...]] = [
-        ("method", "refusals in stage 2", "defence success", "refused, seemingly toxic", "refused, general")
-    ]
+def rivals(lines: Mapping[str, Curve]) -> str:
+    """DCR by every other method, where they defend equally well."""
+    rows: list[tuple[str, ...]] = [("DCR by", "seeds", "seemingly toxic", "general", "at defence")]
+    dcr = lines.get("dcr")
+    for name, line in _in_order(lines) if dcr is not None else []:
+        if name != "dcr":
+            compared = shown(ratio(dcr, line)), shown(ratio(dcr, line, "general"))
+            rows.append((METHODS[name].title, _seeds(dcr, line), *compared, _range(dcr, line)))
+    return _table(rows)
+
+
+def points(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:
+    """Each model of each method as a point, and how many of all its answers are degenerate: those refuse nothing."""
+    head = ("method", "refusals in stage 2", "defence success", "refused, seemingly toxic", "refused, general")
+    rows: list[tuple[str, ...]] = [(*head, "degenerate")]
     for name, line in _in_order(lines):
         for at, share in enumerate(line.shares):
-            rates = [_shown(rate(line, of, at)) for of in ("toxic", "seemingly_toxic", "general")]
-            rows.append((METHODS[name].title, f"{share:.0%}", *rates))
+            rates = [shown(rate(line, of, at)) for of in ("toxic", "seemingly_toxic", "general")]
+            labels = "".join(
+                verdicts["labels"]
+                for record in records
+                if (record["cell"]["method"], record["cell"]["share"]) == (name, share)
+                for verdicts in record["suites"].values()
+            )
+            rows.append((METHODS[name].title, f"{share:.0%}", *rates, f"{labels.count('D') / len(labels):.1%}"))
     return _table(rows)
 
 
 def by_suite(lines: Mapping[str, Curve]) -> str:
-    """Refusal rate of each suite, DCR beside STL, where both defend as STL does at its middle share."""
-    stl = lines["stl"]
-    middle = len(stl.shares) // 2
+    """Refusal rate of each suite, method by method, where each defends as STL does at its middle share."""
+    defence = _middle_defence(lines)
     rows = [("suite", "class", *(f"{METHODS[name].title}" for name, _ in _in_order(lines)))]
-    for suite, of_class in stl.classes.items():
-        cells = []
-        for _, line in _in_order(lines):
-            order = np.argsort(line.rates("toxic"), kind="stable")
-            reached, refused = line.rates("toxic")[order], line.suite(suite)[order]
-            value = np.interp(stl.rates("toxic")[middle], reached, refused, left=np.nan, right=np.nan)
-            cells.append("–" if np.isnan(value) else f"{value:.2f}")
+    for suite, of_class in lines["stl"].classes.items():
+        refused = [line.each(suite, defence) for _, line in _in_order(lines)]
+        cells = ["–" if each is None else f"{each.mean():.2f}" for each in refused]
         rows.append((suite, of_class.replace("_", " "), *cells))
     return _table(rows)
 
 
 def cost(records: Sequence[Mapping[str, Any]]) -> str:
     """Core-minutes and updates of the stages, medians over cells."""
-    rows = [("method", "cells", "stage 1, core-minutes", "stage 2", "judging", "stage 1 updates", "perplexity")]
+    head = ("method", "cells", "stage 1, core-minutes", "stage 2", "judging", "tokens generated")
+    rows = [(*head, "stage 1 updates", "perplexity")]
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_method.setdefault(record["cell"]["method"], []).append(record)
@@ -119,13 +131,16 @@ def cost(records: Sequence[Mapping[str, Any]]) -> str:
             refine = [c["seconds"]["refine"] * c["threads"] for c in cells if "refine" in c["seconds"]]
             updates = [c["refine"]["updates"] for c in cells if "refine" in c]
             perplexity = [c["perplexity"]["estimate"] for c in cells]
+            # Answers that were kept from an earlier start cost nothing here.
+            asked = [c for c in cells if c["generated_tokens"]]
             rows.append(
                 (
                     METHODS[name].title,
                     str(len(cells)),
                     f"{np.median(refine) / 60:.1f}" if refine else "–",
                     f"{np.median([c['seconds']['align'] * c['threads'] for c in cells]) / 60:.1f}",
-                    f"{np.median([c['seconds']['judge'] * c['threads'] for c in cells]) / 60:.1f}",
+                    f"{np.median([c['seconds']['judge'] * c['threads'] for c in asked]) / 60:.1f}" if asked else "–",
+                    f"{np.median([c['generated_tokens'] for c in asked]):.0f}" if asked else "–",
                     f"{np.median(updates):.0f}" if updates else "–",
                     f"{np.median(perplexity):.2f}",
                 )
@@ -134,27 +149,23 @@ def cost(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def failures(lines: Mapping[str, Curve], suites: Mapping[str, Any]) -> str:
-    """What DCR still gets wrong: categories of the middle share's models, most often wrong first."""
-    rows = [("suite", "category", "wrong", "of", "STL's", "some ids")]
-    if "dcr" not in lines:
-        return _table(rows)
-    ours, stl = lines["dcr"], lines["stl"]
-    middle = len(ours.shares) // 2
-    for suite, of_class in ours.classes.items():
-        if of_class == "general":
+    """What DCR still gets wrong where it defends as STL does at its middle share: categories, worst first."""
+    rows = [("suite", "category", "DCR wrong", "STL wrong", "of", "DCR's most often")]
+    defence = _middle_defence(lines)
+    for suite, of_class in lines["stl"].classes.items():
+        refused = [lines[name].each(suite, defence) if name in lines else None for name in ("dcr", "stl")]
+        if of_class == "general" or any(each is None for each in refused):
             continue
-        wrong_of = {
-            name: (line.refused[suite][:, middle] != (of_class == "toxic")).mean(axis=0)
-            for name, line in (("dcr", ours), ("stl", stl))
-        }
+        ours, theirs = (np.abs(each - (of_class == "toxic")) for each in refused)
         named = suites[suite]["categories"]
-        counts = Counter({c: wrong_of["dcr"][[n == c for n in named]].sum() for c in set(named)})
+        counts = Counter({c: ours[[n == c for n in named]].sum() for c in dict.fromkeys(named)})
         for category, wrong in counts.most_common(3):
             members = [i for i, name in enumerate(named) if name == category]
-            worst = sorted(members, key=lambda i: -wrong_of["dcr"][i])[:3]
-            ids = ", ".join(suites[suite]["ids"][i].split("/")[1] for i in worst if wrong_of["dcr"][i] > 0)
-            theirs = wrong_of["stl"][members].sum()
-            rows.append((suite, category or "–", f"{wrong:.1f}", str(len(members)), f"{theirs:.1f}", ids))
+            worst = sorted(members, key=lambda i: -ours[i])[:3]
+            ids = ", ".join(suites[suite]["ids"][i].split("/")[1] for i in worst if ours[i] > 0)
+            rows.append(
+                (suite, category or "–", f"{wrong:.1f}", f"{theirs[members].sum():.1f}", str(len(members)), ids)
+            )
     return _table(rows)
 
 
@@ -178,23 +189,30 @@ def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> 
     seconds = sum(record["seconds"]["cell"] * record["threads"] for record in records)
     libraries = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
-        f"{len(records)} cells, {duration(seconds)} on a core each, shared with other work, of {first['device']} "
+        f"{len(records)} cells, {duration(seconds)} of one core in all, shared with other work: {first['device']} "
         f"({libraries}). "
         f"Prompts of the suites: {sizes}."
     )
 
 
-def _common(ours: Curve, theirs: Curve) -> tuple[float, float]:
-    reached = [line.rates("toxic") for line in (ours, theirs)]
-    return max(r.min() for r in reached), min(r.max() for r in reached)
+def _middle_defence(lines: Mapping[str, Curve]) -> float:
+    reached = np.sort(lines["stl"].rates("toxic"))
+    return float(reached[len(reached) // 2])
+
+
+def _seeds(ours: Curve, theirs: Curve) -> str:
+    return str(len(paired(ours, theirs)[0].seeds))
+
+
+def _range(ours: Curve, theirs: Curve) -> str:
+    if not paired(ours, theirs)[0].seeds:
+        return "no seed in common"
+    low, high = common_defence(*paired(ours, theirs))
+    return "none in common" if high < low else f"{low:.2f} … {high:.2f}" if high > low else f"{low:.2f}"
 
 
 def _in_order(lines: Mapping[str, Curve]) -> list[tuple[str, Curve]]:
     return [(name, lines[name]) for name in METHODS if name in lines]
-
-
-def _shown(interval: Interval | None) -> str:
-    return "–" if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -122,6 +122,18 @@ def test_an_interrupted_evaluation_goes_on(
     assert evaluate(loaded, tmp_path).generated == 0
 
 
+def test_a_first_answer_that_was_cut_off_is_no_beginning_of_the_next(tmp_path: Path, loaded: Loaded) -> None:
+    """Else the next part would begin with half a line, and no later start could read it."""
+    store = CompletionStore(tmp_path, SETTINGS, ALONE)
+    part = tmp_path / "completions" / "a.jsonl.part-0"
+    part.write_text('{"id": "a/0", "class": "tox')
+    assert store.kept(SUITES) == {}
+    assert not part.exists()
+    part.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1: no completion as this command writes them"):
+        store.kept(SUITES)
+
+
 def test_a_part_that_was_put_together_but_not_removed_counts_once(tmp_path: Path, loaded: Loaded) -> None:
     evaluate(loaded, tmp_path)
     completions = tmp_path / "completions"

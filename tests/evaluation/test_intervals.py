@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -10,14 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from dcr_scale.evaluation.intervals import (
-    area_interval,
-    area_under_roc,
-    bootstrap,
-    paired_difference,
-    paired_ratio,
-    wilson,
-)
+from dcr_scale.evaluation.intervals import area_interval, area_under_roc, bootstrap, wilson
 
 Z = 1.959963984540054
 
@@ -69,7 +63,9 @@ def test_pairing_cancels_what_both_methods_share() -> None:
     generator = np.random.default_rng(0)
     difficulty_SN = np.repeat(generator.random((1, 300)), 3, axis=0)
     ours = difficulty_SN - 0.02 + 0.01 * generator.standard_normal((3, 300))
-    paired = paired_difference(ours, difficulty_SN)
+    paired = bootstrap(
+        lambda at: (ours - difficulty_SN)[np.ix_(at["seed"], at["prompt"])].mean(), {"seed": 3, "prompt": 300}
+    )
     assert paired.low < -0.02 < paired.high < 0
     unpaired = bootstrap(
         lambda at: ours[0, at["ours"]].mean() - difficulty_SN[0, at["theirs"]].mean(), {"ours": 300, "theirs": 300}
@@ -80,24 +76,25 @@ def test_pairing_cancels_what_both_methods_share() -> None:
 def test_seeds_count_as_well_as_prompts() -> None:
     """Where seeds disagree, many prompts do not make sure."""
     rates = np.repeat([[0.1], [0.3], [0.5]], 1000, axis=1)
-    found = paired_difference(rates, np.zeros_like(rates))
+    found = bootstrap(lambda at: rates[np.ix_(at["seed"], at["prompt"])].mean(), {"seed": 3, "prompt": 1000})
     assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.5))
 
 
 def test_ratios_say_what_is_infinite_and_what_undefined() -> None:
     """Of theirs, a fifth of the draws has no refusal: x/0 is a draw like any other, 0/0 is none."""
     ours, theirs = np.array([1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 0])
-    found = paired_ratio(ours, theirs)
+
+    @np.errstate(divide="ignore", invalid="ignore")
+    def ratio(at: Mapping[str, np.ndarray]) -> float:
+        return ours[at["prompt"]].mean() / theirs[at["prompt"]].mean()
+
+    found = bootstrap(ratio, {"prompt": 5})
     assert found.estimate == 2
     assert found.high == math.inf
     assert 0 < found.undefined < 1000
+    ours = theirs = np.zeros(5)
     with pytest.raises(ValueError, match="no value in any of 2000 draws"):
-        paired_ratio(np.zeros(5), np.zeros(5))
-
-
-def test_outcomes_of_different_prompts_are_not_paired() -> None:
-    with pytest.raises(ValueError, match=r"shapes \(5,\) and \(4,\) are not of the same prompts"):
-        paired_difference(np.zeros(5), np.zeros(4))
+        bootstrap(ratio, {"prompt": 5})
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=60))

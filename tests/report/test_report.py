@@ -146,6 +146,16 @@ def test_evaluations_are_compared_by_suite_and_lead_the_report(tmp_path: Path) -
     assert (listed["models"], listed["suites"], len(listed["rows"])) == (["stl", "dcr"], ["harmful", "mixed"], 36)
 
 
+def test_models_of_one_name_go_by_as_much_of_their_path_as_it_takes(tmp_path: Path) -> None:
+    """Two runs as they lie: runs/stl/evaluate and runs/dcr/evaluate, both of a model called aligned."""
+    asked = {"harmful": answers({})[12:24]}
+    two = [evaluation(tmp_path / run / "evaluate", "aligned", asked) for run in ("stl", "dcr")]
+    parsed = Parsed(write_report(finished_run(tmp_path / "run"), two))
+    assert json.loads(parsed.scripts["evaluation-answers"])["models"] == ["stl/evaluate", "dcr/evaluate"]
+    with pytest.raises(UserError, match="is given twice"):
+        write_report(tmp_path / "run", [two[0], two[0]])
+
+
 def test_the_command_writes_it_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = finished_run(tmp_path / "run")
     assert main([str(run), "--out", str(tmp_path / "elsewhere.html")]) == 0

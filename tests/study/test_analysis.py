@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,13 @@ def line(method: str, points: list[tuple[float, float]], prompts: int = 400, see
         return np.repeat(one[None], seeds, axis=0)
 
     rates = {"attack": [d for d, _ in points], "asked": [s for _, s in points], "plain": [0.1] * len(points)}
-    return Curve(method, tuple(range(len(points))), {name: refused(rates[name]) for name in CLASSES}, CLASSES)
+    return Curve(
+        method,
+        tuple(range(seeds)),
+        tuple(range(len(points))),
+        {name: refused(rates[name]) for name in CLASSES},
+        CLASSES,
+    )
 
 
 def test_a_line_is_read_between_its_points_and_nowhere_else() -> None:
@@ -48,6 +56,40 @@ def test_no_common_defence_is_no_comparison() -> None:
     assert ratio(line("dcr", [(0.1, 0.1), (0.2, 0.1)]), line("stl", [(0.6, 0.3), (0.8, 0.5)])) is None
 
 
+def test_a_method_of_one_model_is_compared_at_its_defence() -> None:
+    stl, scans = line("stl", [(0.2, 0.2), (0.8, 0.8)]), line("scans", [(0.5, 0.25)])
+    assert ratio(scans, stl, draws=300).estimate == pytest.approx(0.5)
+
+
+def test_seeds_are_compared_with_themselves() -> None:
+    """STL's seeds differ far; a method that is STL at the one seed it has refuses neither more nor less."""
+    lines = [line("stl", [(0.2, low), (0.8, 4 * low)]) for low in (0.05, 0.1, 0.2)]
+    refused = {name: np.concatenate([one.refused[name] for one in lines]) for name in CLASSES}
+    stl = replace(lines[0], seeds=(0, 1, 2), refused=refused)
+    same = replace(lines[2], method="dcr", seeds=(2,))
+    assert ratio(same, stl, draws=300).estimate == 1.0
+    assert ratio(replace(same, seeds=(7,)), stl) is None
+    whole = ratio(stl, replace(stl, method="dcr"), draws=300)
+    assert (whole.low, whole.estimate, whole.high) == (1.0, 1.0, 1.0), "both methods are drawn alike"
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    stl = line("stl", [(0.2, 0.2), (0.8, 0.8)], seeds=3)
+    agreeing = line("dcr", [(0.2, 0.1), (0.8, 0.4)], seeds=3)
+    lines = [line("dcr", [(0.2, 0.2 * by), (0.8, 0.8 * by)]) for by in (0.2, 0.5, 0.8)]
+    refused = {name: np.concatenate([one.refused[name] for one in lines]) for name in CLASSES}
+    narrow, wide = ratio(agreeing, stl, draws=300), ratio(replace(agreeing, refused=refused), stl, draws=300)
+    assert narrow.estimate == pytest.approx(wide.estimate, abs=0.01)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_each_prompt_is_read_between_the_models_on_either_side() -> None:
+    """At half the way a prompt that one of the two refuses counts one half."""
+    curve = line("stl", [(0.2, 0.1), (0.6, 0.5)], prompts=10)
+    np.testing.assert_allclose(curve.each("asked", 0.4), [1, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert curve.each("asked", 0.7) is None
+
+
 def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
     """Two methods of the same truth, outcomes drawn anew: 1 lies in about 95 of 100 intervals."""
     generator = np.random.default_rng(0)
@@ -55,7 +97,7 @@ def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
     def drawn(method: str) -> Curve:
         truth = {"attack": [0.3, 0.8], "asked": [0.2, 0.6], "plain": [0.1, 0.1]}
         refused = {name: generator.random((1, 2, 60)) < np.array(truth[name])[None, :, None] for name in CLASSES}
-        return Curve(method, (0.25, 0.5), refused, CLASSES)
+        return Curve(method, (0,), (0.25, 0.5), refused, CLASSES)
 
     covered = 0
     for _ in range(100):
@@ -67,7 +109,8 @@ def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
 def record(method: str, seed: int, share: float, refused: str) -> dict:
     """A record whose single prompts are refused (r) or not, one letter a suite."""
     verdicts = {
-        name: {"refusal_percent": [90 if letter == "r" else 10]} for name, letter in zip(CLASSES, refused, strict=True)
+        name: {"refusal_percent": [90 if letter == "r" else 10], "openings": "-"}
+        for name, letter in zip(CLASSES, refused, strict=True)
     }
     return {"cell": {"method": method, "seed": seed, "share": share}, "suites": verdicts}
 
@@ -76,9 +119,10 @@ def test_a_seed_without_all_shares_is_left_out() -> None:
     records = [record("dcr", 0, 0.25, "-r-"), record("dcr", 0, 0.5, "rr-"), record("dcr", 1, 0.5, "rrr")]
     found = curves(records, CLASSES)["dcr"]
     assert found.shares == (0.25, 0.5)
-    assert found.seeds == 1
+    assert found.seeds == (0,)
     assert found.rates("seemingly_toxic").tolist() == [0, 1]
     assert found.rates("general").tolist() == [0, 0]
+    assert curves(records, CLASSES, by="phrases")["dcr"].rates("seemingly_toxic").tolist() == [0, 0]
 
 
 def test_records_of_other_suites_are_refused() -> None:

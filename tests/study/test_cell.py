@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import Class, SuitePrompt
 from dcr_scale.study import command, document
 from dcr_scale.study.cell import Study, judge_digest
-from dcr_scale.study.data import StudyData
+from dcr_scale.study.data import StudyData, builtin_data
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
 from dcr_scale.study.methods import METHODS
+from dcr_scale.study.verdict import _kernel
 
 
 def suite(name: str, of_class: Class, text: str, response: str = "") -> list[SuitePrompt]:
@@ -95,13 +97,19 @@ def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
     """A record with so many of three prompts refused."""
 
     def verdicts(refused: int) -> dict:
-        return {"labels": "F" * refused + "C" * (3 - refused), "refusal_percent": [90] * refused + [5] * (3 - refused)}
+        rest = 3 - refused
+        return {
+            "labels": "F" * refused + "C" * rest,
+            "refusal_percent": [90] * refused + [5] * rest,
+            "openings": "r" * refused + "-" * rest,
+        }
 
     return {
         "cell": {"method": method, "share": share, "seed": 0},
         "suites": {"harmless": verdicts(harmless), "harmful": verdicts(toxic), "plain": verdicts(0)},
         "seconds": {"align": 60.0, "judge": 30.0, "cell": 90.0},
         "probe": {},
+        "generated_tokens": 90,
         "perplexity": {"estimate": 7.0},
         "threads": 1,
         "device": "CPU (1 threads)",
@@ -122,20 +130,58 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
         name = Cell(**cell["cell"]).name
         (records / f"{name}.json").write_text(json.dumps(cell))
     page = tmp_path / "study.md"
-    names = ("comparison", "points", "suites", "cost", "failures", "kernel", "setting")
-    page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nold\n<!-- /study:{n} -->\n" for n in names))
+    names = ("verdict", "comparison", "rivals", "points", "suites", "cost", "failures", "kernel", "setting")
+    page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nstale\n<!-- /study:{n} -->\n" for n in names))
     table = document.write(records, page)
     text = page.read_text(encoding="utf-8")
-    assert "old" not in text and "# Words" in text
+    assert "stale" not in text and "# Words" in text
     assert table in text
     # Between one refusal in three and all, STL's line has the mean 2/3 and DCR's 1/6.
     assert "| DCR | 1 | 0.25 [" in table and "0.33 … 1.00" in table
+    assert re.search(r"\| STL \| 1 \| 0.25 \[.* \| 0.33 … 1.00 \|", text), "DCR by STL is the same"
+    assert re.search(r"at most 0.75 of STL's .* \| 0.25 \[.*\] \| (yes|no) \|", text)
+    assert "fewer seemingly toxic prompts than SCANS | – | not measured |" in text
     assert (tmp_path / "pictures" / "study_trade_off.png").read_bytes().startswith(b"\x89PNG")
     assert text == document.filled(text, {}), "blocks stay where they are"
 
     page.write_text("nothing to fill")
     with pytest.raises(UserError, match="has no block"):
         document.write(records, page)
+
+
+def probed_record(method: str, *stages: tuple[str, list[float | None], list[float | None]]) -> dict:
+    return {
+        "cell": {"method": method, "share": 0.5, "seed": 0},
+        "perplexity": {"estimate": 7.0},
+        "probe": {stage: {"cross": {"first": first, "last": last}} for stage, first, last in stages},
+    }
+
+
+def test_the_verdict_says_what_the_error_bars_decide() -> None:
+    """A fall of .3 in all pairs is one; where pairs go both ways it is open; what is not measured is said to be so."""
+    before, between = [0.7, 0.8, 0.9, None], [0.4, 0.5, 0.61, 0.5]
+    dcr = probed_record("dcr", ("refine", before, between), ("align", between, [0.9, 0.6, 0.8, 0.1]))
+    fallen, stayed, stl = _kernel([dcr, probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))])
+    assert fallen[1:] == ("-0.297 ± 0.003", "yes")
+    assert stayed[2] == "open"
+    assert stl[1:] == ("+0.103 ± 0.003", "yes")
+    assert [said for _, _, said in _kernel([])] == ["not measured"] * 3
+
+
+def test_a_study_of_our_own_prompts_leaves_out_what_needs_others(study: Study) -> None:
+    """The paper's sets are research data: their cells must not stop the others."""
+    own = builtin_data(study.work, 4)
+    assert set(own.suites) == {"builtin_seemingly_toxic", "builtin_toxic", "builtin_general"}
+    mine = replace(study, data=own)
+    cells = [Cell(0, "dcr", 0.25), Cell(0, "dcr_paper", 0.25)]
+    assert command.pending(mine, cells) == cells[:1]
+    assert command.pending(study, cells) == cells
+    trained = {row["prompt"] for file in ("contrast", "general") for row in rows(study.work / f"{file}.jsonl")}
+    assert trained and not trained & {prompt.text for prompts in own.suites.values() for prompt in prompts}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_records_of_other_prompts_are_not_mixed(study: Study) -> None:
