@@ -103,7 +103,7 @@ class OptimizerConfig:
 @dataclass
 class LossConfig:
     name: Literal["circle", "supcon"] = setting(
-        "supcon", "contrastive loss over the global batch; the paper's is circle (docs/study.md compares them)"
+        "supcon", "contrastive loss over the global batch; the paper's is circle"
     )
     margin: float = setting(0.25, "Circle loss: relaxation m", at_least=0, at_most=1)
     gamma: float = setting(32.0, "Circle loss: scale γ", above=0)

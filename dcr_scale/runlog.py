@@ -33,8 +33,8 @@ class Trackers:
         missing = [name for name in config.trackers if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(
-                f"log.trackers names {', '.join(missing)}, which is not installed: pip install 'dcr-scale[tracking]', "
-                "or set log.trackers=[]"
+                f"log.trackers names {', '.join(missing)}, which is not installed: pip install -e '.[tracking]' in the "
+                "repository, or set log.trackers=[]"
             )
         if "tensorboard" in config.trackers:
             from torch.utils.tensorboard import SummaryWriter

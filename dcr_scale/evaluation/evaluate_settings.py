@@ -22,7 +22,7 @@ class EvaluateConfig:
     out: str = setting("runs/evaluate", "folder for completions and summary.json; given again, the evaluation goes on")
     max_new_tokens: int = setting(256, "tokens generated for a prompt, at most", at_least=1)
     batch_size: int = setting(64, "prompts answered at once on one rank", at_least=1)
-    limit: int | None = setting(None, "at most so many prompts of a suite's class, drawn by seed", at_least=1)
+    limit: int | None = setting(None, "at most so many prompts of a suite's class, or questions of a task", at_least=1)
     seed: int = setting(0, "draws the limit's prompts", at_least=0)
     system_prompt: str | None = setting(None, "system message of every chat; null: what the template puts itself")
     run: str | None = setting(
@@ -58,7 +58,5 @@ def load_settings(overrides: list[str]) -> EvaluateConfig:
             if value is not None:
                 raise UserError(f"--engine vllm cannot be combined with --{name}; leave out --engine")
     if config.steering is not None and config.harness is not None:
-        raise UserError(
-            "--harness cannot be combined with --steering: it asks the model without vectors; run twice"
-        )
+        raise UserError("--harness cannot be combined with --steering: it asks the model without vectors; run twice")
     return config

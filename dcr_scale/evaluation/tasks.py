@@ -20,7 +20,7 @@ TASKS = {
 def check_installed() -> None:
     """Raise UserError where lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--harness needs lm-evaluation-harness: pip install 'dcr-scale[harness]', or leave it out")
+        raise UserError("--harness needs lm-eval: pip install -e '.[harness]' in the repository, or leave it out")
 
 
 def accuracies(model: Any, tokenizer: Any, tasks: Sequence[str], *, batch_size: int, limit: int | None) -> dict:

@@ -26,9 +26,7 @@ _HANDED_OVER = 1024
 def check_usable(world: World) -> None:
     """Raise UserError where vLLM is missing, or ranks were started beside it."""
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm needs vLLM: pip install 'dcr-scale[vllm]', or leave out --engine for transformers"
-        )
+        raise UserError("--engine vllm needs vLLM: pip install -e '.[vllm]' in the repository, or leave out --engine")
     if world.size > 1:
         raise UserError(
             f"--engine vllm spreads the model over the GPUs itself, and {world.size} ranks were started; start it "

@@ -40,8 +40,8 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     has_varlen = half_on_gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None
     if requested == "flash_attn" and not has_flash:
         raise UserError(
-            "model.attention=flash_attn needs a GPU, bf16 and the package flash-attn (pip install dcr-scale[gpu]); "
-            f"found {device.type}, {dtype}; model.attention=auto takes what there is"
+            "model.attention=flash_attn needs a GPU, bf16 and the package flash-attn (pip install -e '.[gpu]' in the "
+            f"repository); found {device.type}, {dtype}; model.attention=auto takes what there is"
         )
     if requested == "torch_varlen" and not has_varlen:
         raise UserError(

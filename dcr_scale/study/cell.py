@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 # One candidate token instead of the template's handful: the fit is the dearest part of its cells.
 _FIT: dict[str, dict[str, Any]] = {"surgical": {"positions": 1}, "scans": {}}
-# Steps between two measurements of the probe: more than any stage has, so that it measures at the ends alone.
-_ENDS = 10**9
+# Steps between two measurements of the probe: some half a dozen a stage.
+_PROBED_EVERY = {1: 12, 2: 8}
 # One letter a verdict of the judge.
 LETTERS = {"full_refusal": "F", "partial_refusal": "P", "compliance": "C", "degenerate": "D", "undetermined": "U"}
 
@@ -197,7 +197,7 @@ class Study:
             config.refine = None
         # Stage 1 serves all shares of a seed and other methods, so it is measured for whichever comes first.
         if stage == 1 or probed(cell):
-            config.probe.every = _ENDS
+            config.probe.every = _PROBED_EVERY[stage]
         return config
 
     def _data(self, contrast: Sources, config: Config) -> DataConfig:
@@ -238,7 +238,7 @@ class Study:
             summary = json.loads((refined / "summary.json").read_text(encoding="utf-8"))
             facts["refine"] = summary["refine"]
             facts["seconds"]["refine"] = summary["seconds"]["refine"]
-            facts["probe"].update(_ends(refined, summary, "refine"))
+            facts["probe"].update(_probed(refined, summary, "refine"))
             config.model.path = str(refined / "refined")
         if method.answered:
             config.data.answered = typed_yaml.load(
@@ -248,7 +248,7 @@ class Study:
             config.align.answered_share = self.answered / cast(int, config.align.examples)
         summary = run(config)
         facts["align"], facts["seconds"]["align"] = summary["align"], summary["seconds"]["align"]
-        facts["probe"].update(_ends(partial, summary, "align"))
+        facts["probe"].update(_probed(partial, summary, "align"))
         (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
     def _answers(self, cell: Cell) -> Path:
@@ -338,14 +338,22 @@ def judge_digest() -> str:
     return digest(judge.WEIGHTS.read_bytes())
 
 
-def _ends(folder: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
-    """A stage's first and last measurement by the probe, where it was on; ``cross``: each matched pair's similarity."""
+def _probed(folder: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A stage's measurements by the probe, where it was on: the first and the last, all of them (``curve``), and each
+    matched pair's similarity at the ends (``cross``)."""
     found = summary.get("probe", {}).get(stage)
     if found is None:
         return {}
     matrices = json.loads((folder / "kernel_similarity.json").read_text(encoding="utf-8"))
     pairs = matrices["pairs"].get("cross", [])
-    return {stage: {**found, "cross": {end: [matrices[stage][end][i][j] for i, j in pairs] for end in matrices[stage]}}}
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    curve = [
+        {key: value for key, value in row.items() if key == "step" or key.startswith(("kernel/", "refusal_"))}
+        for row in rows
+        if row["stage"] == f"{stage}/probe"
+    ]
+    cross = {end: [matrix[i][j] for i, j in pairs] for end, matrix in matrices[stage].items()}
+    return {stage: {**found, "curve": curve, "cross": cross}}
 
 
 def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:

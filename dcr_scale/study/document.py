@@ -34,6 +34,11 @@ def write(records: Path, page: Path | None) -> str:
         folder = page.parent / "pictures"
         folder.mkdir(exist_ok=True)
         pictures.trade_off(folder / "study_trade_off.png", lines)
+        probed = [record for record in found if "curve" in record["probe"].get("align", {})]
+        seed = min((record["cell"]["seed"] for record in probed), default=None)
+        if probed:
+            of_one_seed = [record for record in probed if record["cell"]["seed"] == seed]
+            pictures.training_curves(folder / "study_curves.png", of_one_seed)
         blocks = {
             "verdict": verdicts(lines, found),
             "comparison": headline,
@@ -82,8 +87,10 @@ def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> s
 def rivals(lines: Mapping[str, Curve]) -> str:
     """DCR by every other method, where they defend equally well."""
     rows: list[tuple[str, ...]] = [("DCR by", "seeds", "seemingly toxic", "general", "at defence")]
-    dcr = lines.get("dcr")
-    for name, line in _in_order(lines) if dcr is not None else []:
+    if "dcr" not in lines:
+        return _table(rows)
+    dcr = lines["dcr"]
+    for name, line in _in_order(lines):
         if name != "dcr":
             compared = shown(ratio(dcr, line)), shown(ratio(dcr, line, "general"))
             rows.append((METHODS[name].title, _seeds(dcr, line), *compared, _range(dcr, line)))
@@ -153,10 +160,10 @@ def failures(lines: Mapping[str, Curve], suites: Mapping[str, Any]) -> str:
     rows = [("suite", "category", "DCR wrong", "STL wrong", "of", "DCR's most often")]
     defence = _middle_defence(lines)
     for suite, of_class in lines["stl"].classes.items():
-        refused = [lines[name].each(suite, defence) if name in lines else None for name in ("dcr", "stl")]
-        if of_class == "general" or any(each is None for each in refused):
+        ours, theirs = (lines[name].each(suite, defence) if name in lines else None for name in ("dcr", "stl"))
+        if of_class == "general" or ours is None or theirs is None:
             continue
-        ours, theirs = (np.abs(each - (of_class == "toxic")) for each in refused)
+        ours, theirs = (np.abs(refused - (of_class == "toxic")) for refused in (ours, theirs))
         named = suites[suite]["categories"]
         counts = Counter({c: ours[[n == c for n in named]].sum() for c in dict.fromkeys(named)})
         for category, wrong in counts.most_common(3):

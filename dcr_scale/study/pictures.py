@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,6 +17,53 @@ from dcr_scale.study.methods import METHODS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+
+
+_LINES = {"dcr": "-", "stl": "--"}
+_PAIRS = {"cross": "#009E73", "within_toxic": "#D55E00", "within_seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
+_CLASSES = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
+
+
+def training_curves(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refusal probability and kernel similarity through both stages, as the paper's figures 1 and 3 have them.
+
+    ``records``: of one seed and share, by method STL without a stage 1 and DCR with one; those whose training was not
+    measured are left out.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", sharey="row", layout="constrained")
+    for record in records:
+        line = _LINES[record["cell"]["method"]]
+        title = METHODS[record["cell"]["method"]].title
+        for column, stage in enumerate(("refine", "align")):
+            curve = record["probe"].get(stage, {}).get("curve", [])
+            steps = [point["step"] for point in curve]
+            for label, colour in _CLASSES.items() if curve else ():
+                name = f"{title}, {label.replace('_', ' ')}"
+                _with_error(axes[0, column], steps, curve, f"refusal_probability/{label}", line, colour, name)
+            for kind, colour in _PAIRS.items() if curve else ():
+                name = f"{title}, {kind.replace('_', ' ')}"
+                _with_error(axes[1, column], steps, curve, f"kernel/{kind}", line, colour, name)
+    for column, what in enumerate(("stage 1", "stage 2")):
+        axes[1, column].set_xlabel(f"steps of {what}")
+    axes[0, 0].set_ylabel("refusal probability")
+    axes[1, 0].set_ylabel("kernel similarity")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    for row in axes:
+        row[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _with_error(
+    axis: Any, steps: Sequence[int], curve: Sequence[Mapping[str, Any]], key: str, line: str, colour: str, name: str
+) -> None:
+    if key not in curve[0]:
+        return
+    values, errors = ([math.nan if (v := point[k]) is None else v for point in curve] for k in (key, f"{key}_stderr"))
+    axis.plot(steps, values, line, color=colour, label=name, linewidth=1.5)
+    low, high = [[v + by * e for v, e in zip(values, errors, strict=True)] for by in (-1, 1)]
+    axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
 def trade_off(path: Path, lines: Mapping[str, Curve]) -> None:

@@ -16,7 +16,7 @@ from dcr_scale import pipeline
 from dcr_scale.config import Config, load_config
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import Class, SuitePrompt
-from dcr_scale.study import command, document
+from dcr_scale.study import command, document, pictures
 from dcr_scale.study.cell import Study, judge_digest
 from dcr_scale.study.data import StudyData, builtin_data
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
@@ -54,7 +54,9 @@ def study(alone: None, tmp_path: Path) -> Study:
     return Study(load_config(None, small), data, tmp_path / "records", tmp_path / "work", max_new_tokens=4)
 
 
-def test_a_cell_leaves_a_record_and_shares_stage_1(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_leaves_a_record_and_shares_stage_1(
+    study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """One stage 1 serves all shares of a seed, stage 2 begins with its checkpoint, and what is finished is kept.
     Kernel similarity of held-out pairs is measured at the ends of both stages, at one share."""
     stages: list[tuple[bool, str]] = []
@@ -71,6 +73,11 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(study: Study, monkeypatch: py
     assert [record["align"]["refusals"] for record in records] == [4, 2]
     assert [set(record["probe"]) for record in records] == [{"refine", "align"}, {"refine"}]
     assert document.kernel(records[:1]).count("cross") == 2, "one line a stage"
+    for found in records[0]["probe"].values():
+        assert [point["step"] for point in found["curve"]] == [0, 2]
+        assert len(found["cross"]["first"]) == len(found["cross"]["last"]) == 2
+    pictures.training_curves(tmp_path / "curves.png", records)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     record = records[0]
     assert record["cell"] == {"method": "dcr", "share": 0.5, "seed": 0}
