@@ -101,8 +101,6 @@ class Capture:
 
         Returns:
             The final hidden states at the rows' last tokens, float32 [B, D], and the model's logits.
-
-        Raises ValueError where a module meets other rows than the micro-batch's tokens.
         """
         self._sink, self._layout = sink, layout
         logits = self.model(**inputs).logits
@@ -113,7 +111,7 @@ class Capture:
             hidden_BD.backward(cotangents_BD.to(hidden_BD.dtype))
         self._backward = False
         self._waiting.clear()
-        self.failure = self.failure or self._what_failed()
+        self._fail(self._what_failed())
         return hidden_BD.detach().float(), logits.detach()
 
     def _what_failed(self) -> str | None:
@@ -130,6 +128,9 @@ class Capture:
                 )
         return None
 
+    def _fail(self, failure: str | None) -> None:
+        self.failure = self.failure or failure
+
     def _note(self, unit: Unit, what: Tensor) -> None:
         self._seen.add(unit.name)
         self._sums.setdefault(unit.name, []).append(what.sum(dtype=torch.float32))
@@ -139,10 +140,11 @@ class Capture:
     def _linear(self, unit: Unit, x: Tensor, output: Tensor) -> None:
         layout, rows = self._layout, x.numel() // x.shape[-1]
         if rows != layout.tokens:
-            raise ValueError(
+            self._fail(
                 f"{unit.name}: met {rows} rows where the micro-batch has {layout.tokens} tokens; no rule covers a "
                 'module that selects tokens; leave it out by parameters="trainable" or a name pattern'
             )
+            return
         x_TD = x.detach().reshape(rows, -1)
         kept = self._sink.enter(unit, x_TD, None)
         self._note(unit, kept if unit.weight else x_TD)
@@ -196,23 +198,27 @@ class Capture:
         layout = self._layout
         for unit, factor in self._vectors[id(module)]:
             product = self._tokens_first(unit, (delta * factor(x)).float())
+            if product is None:
+                return
             gradient_BD = layout.sums(product[:, 0] if product.shape[1] == 1 else product.sum(dim=1))
             self._note(unit, gradient_BD)
             self._sink.vector(unit, gradient_BD)
 
-    def _tokens_first(self, unit: Unit, x: Tensor) -> Tensor:
+    def _tokens_first(self, unit: Unit, x: Tensor) -> Tensor | None:
         """What an element-wise module saw as [tokens, heads, D]: norms of heads see a token several times.
 
         Models lay heads out before the tokens or after them. Micro-batches are never as long as there are heads.
+        None where the tokens cannot be told, which is then the failure.
         """
         batch, length = self._layout.shape
         if x.dim() == 4 and x.shape[1] != length and x.shape[2] == length:
             x = x.transpose(1, 2)
         if x.numel() != batch * length * x.shape[-1] and x.shape[:2] != (batch, length):
-            raise ValueError(
+            self._fail(
                 f"{unit.name}: met values of shape {list(x.shape)}, in which no rule finds the micro-batch's "
                 f'{batch} × {length} tokens; leave it out by parameters="trainable" or a name pattern'
             )
+            return None
         return x.reshape(batch * length, -1, x.shape[-1])
 
     @cached_property

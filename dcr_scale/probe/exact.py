@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcr_scale.probe.capture import Capture
+from dcr_scale.probe.agreement import agree
+from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Estimate
 from dcr_scale.probe.head import Head, gathered
 from dcr_scale.probe.layout import Routing, TokenLayout
@@ -83,20 +83,21 @@ class GhostSink:
 def exact_kernel(
     capture: Capture,
     head: Head,
-    batch: Callable[[Sequence[Sequence[int]], torch.device], tuple[dict[str, Any], TokenLayout]],
+    run: Callable[[Sink, Sequence[Sequence[int]], Head, Tensor], Tensor],
     sequences: Sequence[tuple[int, ...]],
 ) -> Callable[[Tensor, Tensor, bool], Estimate]:
-    """Exact ‖K‖²_F, with no error, for any pairs of ``sequences``. Every rank computes all of it."""
+    """Exact ‖K‖²_F, with no error, for any pairs of ``sequences``. Every rank computes all of it.
+
+    ``run``: one micro-batch of prompts through ``capture``, with its cotangents; gives the final hidden states.
+    Raises ValueError on all ranks alike for what went wrong in the passes.
+    """
     directions = torch.eye(head.width, device=head.device)
     factors = []
     for sequence in sequences:
         sink = GhostSink()
-        inputs, layout = batch([sequence] * head.width, head.device)
-        hidden_BD, _ = capture.run(sink, layout, inputs, directions)
-        if capture.failure is not None:
-            raise ValueError(capture.failure)
-        sink.factors.hidden = hidden_BD[0].double()
+        sink.factors.hidden = run(sink, [sequence] * head.width, head, directions)[0].double()
         factors.append(sink.factors)
+    agree(capture.failure)
     with torch.no_grad(), gathered(head.weight):
         weight_VD = head.weight.detach().double().clone()
 

@@ -16,19 +16,30 @@ _OURS = (attention.FLASH_ATTN, attention.TORCH_VARLEN, attention.SDPA)
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The transformers model in ``model``, which may be a DeepSpeed engine.
+    """The transformers model in ``model``, which may be a DeepSpeed engine."""
+    return model.module if hasattr(model, "micro_steps") else model
 
-    Raises ValueError for an engine in the middle of an accumulation.
-    """
-    if isinstance(model, nn.Module) and not hasattr(model, "micro_steps"):
-        return model
-    steps = model.gradient_accumulation_steps()
-    if model.micro_steps % steps:
+
+def check_between_updates(engine: Any) -> None:
+    """Raise ValueError for a DeepSpeed engine in the middle of an accumulation; any other model passes."""
+    if not hasattr(engine, "micro_steps"):
+        return
+    steps = engine.gradient_accumulation_steps()
+    if engine.micro_steps % steps:
         raise ValueError(
-            f"the engine has taken {model.micro_steps % steps} of the {steps} micro-steps of an update; measure "
+            f"the engine has taken {engine.micro_steps % steps} of the {steps} micro-steps of an update; measure "
             "between updates"
         )
-    return model.module
+    # Micro-steps are counted in step(), and not at all where the caller sets the boundary. ZeRO itself knows more: the
+    # flag is up from the end of a backward pass to the next forward pass or update, when micro_step_id goes up or back
+    # to its start. Without ZeRO, gradients stay where autograd puts them.
+    optimizer = engine.optimizer
+    reduced = getattr(optimizer, "_epilogue_ran_this_backward", False) or getattr(optimizer, "micro_step_id", 0) > 0
+    if reduced or any(parameter.grad is not None for parameter in engine.module.parameters()):
+        raise ValueError(
+            "the engine holds gradients of an update that it has not made; measure between updates: after step(), "
+            "before the next backward pass"
+        )
 
 
 def check_ready(model: nn.Module) -> None:
@@ -48,6 +59,29 @@ def check_ready(model: nn.Module) -> None:
                 "reentrant activation checkpointing runs no hooks in the forward pass; enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+
+
+@contextmanager
+def untraced(engine: Any) -> Iterator[None]:
+    """Passes inside the context are unknown to the trace by which a DeepSpeed engine gathers parameters ahead.
+
+    Training's trace would keep the head and the embedding for a backward pass that ends before it reaches them.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", optimizer)  # an engine without an optimizer has it in its place
+    coordinator = getattr(offload, "param_coordinator", None)
+    if coordinator is None:
+        yield
+        return
+    from dcr_scale import engine as engines
+
+    offload.param_coordinator = engines._untraced(coordinator)
+    try:
+        yield
+    finally:
+        # Modules whose inputs need no gradient wait for a hook that never comes.
+        offload.param_coordinator.release_backward_leftovers()
+        offload.param_coordinator = coordinator
 
 
 @contextmanager

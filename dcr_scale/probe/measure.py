@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.probe.capture import Capture
+from dcr_scale.probe.agreement import agree, agreed
+from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Blocks, Estimate, estimate, jackknives, log_error, signed_root, student_t
 from dcr_scale.probe.exact import exact_kernel
-from dcr_scale.probe.guard import borrowed, check_ready, unwrap
+from dcr_scale.probe.guard import borrowed, check_between_updates, check_ready, untraced, unwrap
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import TokenLayout
 from dcr_scale.probe.passes import packed_batch, padded_batch, plan_micro_batches
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.reduction import Products, collect_rows, estimate_pairs, own_rank, own_slices, world_size
 from dcr_scale.probe.sketch import SketchSink
-from dcr_scale.probe.units import select, take_inventory
+from dcr_scale.probe.units import select, shape_of, take_inventory
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 # Estimates for prompts left × right (int64 [I], [J]), or where the flag says so for the pairs (left[i], right[i]).
@@ -154,20 +154,26 @@ class KernelProbe:
             exact: no sketches and no probes: the whole kernel, by the output's exact Jacobian. For small models and
                 spot checks: it takes as many passes as the model is wide.
 
-        Raises ValueError on all ranks alike: for a prompt without tokens, fewer prompts than ranks, dropout that is on,
-        reentrant checkpointing, an engine in the middle of an accumulation, activations that are not finite.
+        Raises ValueError on all ranks alike, also where only one of them has the fault: for a prompt without tokens or
+        with one that the model has not, fewer prompts than ranks, dropout that is on, reentrant checkpointing, an
+        engine in the middle of an accumulation, activations that are not finite.
         """
-        sequences_a = self._encode(prompts_a, "prompts_a")
-        sequences_b = sequences_a if prompts_b is None else self._encode(prompts_b, "prompts_b")
-        sequences = list(dict.fromkeys(sequences_a + sequences_b))
         ranks = world_size()
-        if len(sequences) < ranks:
-            raise ValueError(f"{len(sequences)} different prompts are fewer than the {ranks} ranks")
-        unwrap(self._engine)
-        check_ready(self._model)
+        with agreed():
+            sequences_a = self._encode(prompts_a, "prompts_a")
+            sequences_b = sequences_a if prompts_b is None else self._encode(prompts_b, "prompts_b")
+            sequences = list(dict.fromkeys(sequences_a + sequences_b))
+            if len(sequences) < ranks:
+                raise ValueError(f"{len(sequences)} different prompts are fewer than the {ranks} ranks")
+            check_between_updates(self._engine)
+            check_ready(self._model)
         head = Head(self._inventory, self.seed, self.output_probes)
         kernel = self._exact if exact else self._sketched
-        with borrowed(self._model, self.packed, head.dtype), self._capture.installed():
+        with (
+            borrowed(self._model, self.packed, head.dtype),
+            untraced(self._engine),
+            self._capture.installed(),
+        ):
             pairs = kernel(sequences, head)
         number = {sequence: i for i, sequence in enumerate(sequences)}
         left = torch.tensor([number[sequence] for sequence in sequences_a], device=head.device)
@@ -182,6 +188,7 @@ class KernelProbe:
     def _encode(self, prompts: Prompts, what: str) -> list[tuple[int, ...]]:
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"{what} must be a list of prompts, at least one; it is {prompts!r}")
+        vocabulary = shape_of(self._model.get_input_embeddings().weight)[0]
         encoded = []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
@@ -191,6 +198,9 @@ class KernelProbe:
             if not len(prompt):
                 raise ValueError(f"{what}[{i}] has no tokens")
             encoded.append(tuple(int(token) for token in prompt))
+            wrong = next((token for token in encoded[-1] if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise ValueError(f"{what}[{i}] has the token {wrong}, and the model has {vocabulary}")
         return encoded
 
     def _batch(self, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[dict[str, Any], TokenLayout]:
@@ -199,6 +209,18 @@ class KernelProbe:
             # One position's logits are enough to see how the model makes them: the first prompt's last.
             inputs["logits_to_keep"] = layout.last[:1]
         return inputs, layout
+
+    def _run(self, sink: Sink, sequences: Sequence[Sequence[int]], head: Head, cotangents_BD: Tensor) -> Tensor:
+        """One micro-batch's passes; gives the final hidden states, float32 [B, D].
+
+        What goes wrong is the capture's failure: whoever runs passes agrees on it when all of them are done.
+        """
+        inputs, layout = self._batch(sequences, head.device)
+        hidden_BD, logits = self._capture.run(sink, layout, inputs, cotangents_BD)
+        if self._capture.failure is None:
+            last_V = logits[0, 0 if self._keeps_logits else layout.last[0]]
+            self._capture.failure = head.why_not_linear(hidden_BD[0], last_V)
+        return hidden_BD
 
     def _sketched(self, sequences: list[tuple[int, ...]], head: Head) -> Pairs:
         """Sketch all prompts; the result gives estimates for any pairs of them."""
@@ -209,18 +231,12 @@ class KernelProbe:
         steps = plan[own_rank()]
         items = torch.tensor([item for step in steps for item in step], device=head.device)
         sink = SketchSink(self._inventory, self._projections, head, len(items))
-        hidden, failure = [], None
+        hidden = []
         for step in steps:
-            inputs, layout = self._batch([sequences[item // probes] for item in step], head.device)
             which = torch.tensor([item % probes for item in step], device=head.device)
             sink.rows = slice(sink.rows.stop, sink.rows.stop + len(step))
-            hidden_BD, logits = self._capture.run(sink, layout, inputs, head.cotangents(which))
-            hidden.append(hidden_BD)
-            if failure is None:
-                failure = self._capture.failure or head.why_not_linear(
-                    hidden_BD[0], logits[0, 0 if self._keeps_logits else layout.last[0]]
-                )
-        _agree(failure)
+            hidden.append(self._run(sink, [sequences[item // probes] for item in step], head, head.cotangents(which)))
+        agree(self._capture.failure)
         total = len(sequences) * probes
         products = Products(own_slices(sink.slices, items, total), len(sink.slices), self.rank, probes)
         hidden_ND = collect_rows(torch.cat(hidden), items, total).unflatten(0, (-1, probes))[:, 0].double()
@@ -242,15 +258,4 @@ class KernelProbe:
         return pairs
 
     def _exact(self, sequences: list[tuple[int, ...]], head: Head) -> Pairs:
-        return exact_kernel(self._capture, head, self._batch, sequences)
-
-
-def _agree(failure: str | None) -> None:
-    """Raise the first rank's failure on every rank."""
-    failures = [failure]
-    if world_size() > 1:
-        failures = [None] * world_size()
-        dist.all_gather_object(failures, failure)
-    first = next((text for text in failures if text is not None), None)
-    if first is not None:
-        raise ValueError(first)
+        return exact_kernel(self._capture, head, self._run, sequences)

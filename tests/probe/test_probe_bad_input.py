@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 import pytest
 import torch
 from rank_pool import RankPool
-from toy_models import PROMPTS_A, toy_model
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from toy import toy_tokenizer
+from toy_models import PROMPTS_A, PROMPTS_B, toy_model
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from dcr_scale.probe import KernelProbe
 
 
-class Accumulating:
-    """What the probe sees of a DeepSpeed engine in the middle of an accumulation."""
-
-    def __init__(self, module):
-        self.module, self.micro_steps = module, 6
-
-    def gradient_accumulation_steps(self) -> int:
-        return 4
+def with_dropout() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            attention_dropout=0.1,
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,7 @@ def test_trainable_of_a_frozen_model():
         ("one string", "prompts_a must be a list of prompts"),
         ([[1, 2], []], r"prompts_a\[1\] has no tokens"),
         (["text"], r"prompts_a\[0\] is text: give the probe a tokenizer"),
+        ([[1, 2], [3, 40]], r"prompts_a\[1\] has the token 40, and the model has 40"),
     ],
 )
 def test_prompts_that_are_none(prompts, message):
@@ -57,13 +61,7 @@ def test_prompts_that_are_none(prompts, message):
 
 
 def test_dropout_left_on():
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            attention_dropout=0.1,
-        )
-    )  # fmt: skip
-    model.train()
+    model = with_dropout().train()
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn: attention dropout of 0.1 is on"):
         KernelProbe(model).measure(PROMPTS_A)
     assert model.training
@@ -77,13 +75,8 @@ def test_reentrant_checkpointing():
         KernelProbe(model).measure(PROMPTS_A)
 
 
-def test_an_engine_in_the_middle_of_an_accumulation():
-    engine = Accumulating(toy_model("llama"))
-    with pytest.raises(ValueError, match="has taken 2 of the 4 micro-steps"):
-        KernelProbe(engine)
-
-
-def test_capped_logits():
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+def test_capped_logits(exact):
     model = AutoModelForCausalLM.from_config(
         Gemma2Config(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -91,7 +84,7 @@ def test_capped_logits():
         )
     ).eval()  # fmt: skip
     with pytest.raises(ValueError, match="capped or scaled"):
-        KernelProbe(model).measure(PROMPTS_A)
+        KernelProbe(model).measure(PROMPTS_A, exact=exact)
 
 
 def test_a_module_that_no_rule_covers_is_named():
@@ -137,30 +130,193 @@ def broken(model, layer: int) -> None:
     KernelProbe(model).measure(PROMPTS_A)
 
 
-def refusals_on_a_rank() -> list[str]:
-    rank = torch.distributed.get_rank()
-    messages = []
-    poisoned = toy_model("llama")
-    if rank == 1:
-        # Only one rank sees it, and only its own prompts.
+# --- one rank's fault is every rank's error --------------------------------------------------------------------------
+
+# For the first of them, which starts the ranks on a busy machine.
+SECONDS = 240.0
+
+
+class SelectsTokens(torch.nn.Linear):
+    """Applied to all tokens but the last."""
+
+    def forward(self, x):
+        return torch.nn.functional.pad(super().forward(x[..., :-1, :]), (0, 0, 0, 1))
+
+
+class FoldsHeads(torch.nn.Module):
+    """A norm that sees [tokens, heads, D] under no batch, where no rule looks for the tokens."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.flatten(0, 1)[:, None].repeat(2, 1, 1))[: x.shape[0] * x.shape[1]].view_as(x)
+
+
+def faulty_measurement(fault: str, exact: bool) -> str:
+    """What a rank is told where only rank 1 has the fault."""
+    has_it = torch.distributed.get_rank() == 1
+    prompts = PROMPTS_A + PROMPTS_B
+    model, tokenizer = toy_model("llama"), None
+    if fault == "dropout":
+        model = with_dropout().train(has_it)
+    elif fault == "reentrant":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": has_it})
+    elif fault == "no tokens":
+        model.resize_token_embeddings(384)
+        tokenizer = toy_tokenizer()
+        tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+        prompts = ["one", "two", "" if has_it else "three"]
+    elif fault == "template":
+        model.resize_token_embeddings(384)
+        tokenizer = toy_tokenizer()
+        if has_it:
+            tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+        prompts = ["one", "two"]
+    elif fault == "unknown token" and has_it:
+        prompts = [*prompts, [40]]
+    elif fault == "nan" and has_it:
         with torch.no_grad():
-            poisoned.model.layers[2].mlp.up_proj.weight[0, 0] = torch.inf
-    attempts = [
-        lambda: KernelProbe(toy_model("llama")).measure([[1, 2], [1, 2]]),
-        lambda: KernelProbe(poisoned).measure(PROMPTS_A),
-        lambda: KernelProbe(toy_model("llama")).measure([[1, 2], []]),
-    ]
-    for attempt in attempts:
-        with pytest.raises(ValueError) as caught:
-            attempt()
-        messages.append(str(caught.value))
+            model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    elif fault == "selects tokens" and has_it:
+        model.model.layers[1].mlp.up_proj.__class__ = SelectsTokens
+    elif fault == "folds heads" and has_it:
+        model.model.layers[1].post_attention_layernorm = FoldsHeads(model.model.layers[1].post_attention_layernorm)
+    probe = KernelProbe(model, tokenizer)
+    with pytest.raises(ValueError) as caught:
+        probe.measure(prompts, exact=exact)
+    # They are still in step.
     KernelProbe(toy_model("llama")).measure(PROMPTS_A)
-    return messages
+    return str(caught.value)
 
 
-def test_all_ranks_refuse_alike_and_none_hangs(ranks: RankPool):
-    results = ranks.run(refusals_on_a_rank, world_size=2, timeout=60.0)
-    assert results[0] == results[1]
-    assert results[0][0] == "1 different prompts are fewer than the 2 ranks"
-    assert results[0][1].startswith("model.layers.2.mlp.down_proj.weight: ")
-    assert "not finite" in results[0][1]
+FAULTS = {
+    "dropout": r"^model\.layers\.0\.self_attn: attention dropout of 0\.1 is on",
+    "reentrant": "^reentrant activation checkpointing runs no hooks",
+    "no tokens": r"^prompts_a\[2\] has no tokens$",
+    "template": "^the tokenizer's chat template failed: no such role",
+    "unknown token": r"^prompts_a\[5\] has the token 40, and the model has 40$",
+    "nan": r"^model\.layers\.2\.mlp\.down_proj\.weight: .* not finite$",
+    "selects tokens": r"^model\.layers\.1\.mlp\.up_proj\.weight: met \d+ rows where the micro-batch has \d+ tokens",
+    "folds heads": r"^model\.layers\.1\.post_attention_layernorm\.norm\.weight: met values of shape \[\d+, 1, 16\]",
+}
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_rank_s_fault_is_told_on_all(ranks: RankPool, fault: str, exact: bool):
+    told = ranks.run(faulty_measurement, fault, exact, world_size=2, timeout=SECONDS)
+    assert told[0] == told[1]
+    assert re.search(FAULTS[fault], told[0]), told[0]
+
+
+def too_few_prompts() -> str:
+    with pytest.raises(ValueError) as caught:
+        KernelProbe(toy_model("llama")).measure([[1, 2], [1, 2]])
+    return str(caught.value)
+
+
+def test_fewer_prompts_than_ranks(ranks: RankPool):
+    told = ranks.run(too_few_prompts, world_size=2, timeout=SECONDS)
+    assert told == ["1 different prompts are fewer than the 2 ranks"] * 2
+
+
+# --- under ZeRO-3 ----------------------------------------------------------------------------------------------------
+
+
+def zero3(model: PreTrainedModel, **config):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20},
+            **config,
+        },
+    )
+    return engine
+
+
+def told(engine) -> str:
+    try:
+        KernelProbe(engine).measure(PROMPTS_A)
+    except ValueError as error:
+        return str(error)
+    return "measured"
+
+
+def accumulate(engine) -> None:
+    ids = torch.tensor([PROMPTS_A[0]])
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+
+
+def measured_between_micro_steps() -> list[str]:
+    """Attempts at every point of an update of two micro-steps, and at the same where the caller sets the boundary."""
+    engine = zero3(toy_model("llama"), gradient_accumulation_steps=2)
+    attempts = [told(engine)]
+    for _ in range(2):
+        accumulate(engine)
+        attempts.append(told(engine))
+        engine.step()
+        attempts.append(told(engine))
+    engine.destroy()
+    engine = zero3(toy_model("llama"))
+    engine.set_gradient_accumulation_boundary(False)
+    accumulate(engine)
+    engine.step()
+    attempts.append(told(engine))
+    engine.set_gradient_accumulation_boundary(True)
+    ids = torch.tensor([PROMPTS_A[0]])
+    loss = engine(input_ids=ids, labels=ids).loss
+    attempts.append(told(engine))
+    engine.backward(loss)
+    engine.step()
+    attempts.append(told(engine))
+    accumulate(engine)
+    if torch.distributed.get_rank() == 0:
+        # It alone forgets its gradients: the fault is the other rank's only.
+        engine.optimizer.zero_grad()
+    attempts.append(told(engine))
+    engine.destroy()
+    return attempts
+
+
+@pytest.mark.slow
+def test_an_engine_in_the_middle_of_an_accumulation(ranks: RankPool):
+    attempts = ranks.run(measured_between_micro_steps, world_size=2, timeout=SECONDS)
+    assert attempts[0] == attempts[1]
+    begun = "the engine has taken 1 of the 2 micro-steps of an update"
+    holds = "the engine holds gradients of an update that it has not made"
+    expected = ["measured", holds, begun, begun, "measured", holds, holds, "measured", holds]
+    assert [text.split(";")[0] for text in attempts[0]] == expected
+
+
+def one_rank_s_prompt_is_not_finite() -> list[str]:
+    """Weights are spread over the ranks and alike; the prompt whose token is broken runs on one of them."""
+    model = toy_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[12] = torch.nan
+    engine = zero3(model)
+    attempts = []
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            KernelProbe(engine, micro_batch_tokens=1).measure([[3, 4, 5], [12, 3]])
+        attempts.append(str(caught.value))
+    attempts.append(told(engine))
+    engine.destroy()
+    return attempts
+
+
+@pytest.mark.slow
+def test_under_zero3_one_rank_s_activations_that_are_not_finite(ranks: RankPool):
+    attempts = ranks.run(one_rank_s_prompt_is_not_finite, world_size=2, timeout=SECONDS)
+    assert attempts[0] == attempts[1]
+    assert attempts[0][0] == attempts[0][1]
+    assert "not finite" in attempts[0][0]
+    assert attempts[0][2] == "measured"

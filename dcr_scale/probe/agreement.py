@@ -1,0 +1,36 @@
+"""Ranks that refuse together: a failure on one of them is raised on all, and none waits for one that has gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from dcr_scale.errors import UserError
+from dcr_scale.probe.reduction import world_size
+
+
+def agree(failure: str | None) -> None:
+    """Raise the first rank's failure as a ValueError on every rank. All ranks must call it."""
+    failures = [failure]
+    if world_size() > 1:
+        failures = [None] * world_size()
+        dist.all_gather_object(failures, failure)
+    first = next((text for text in failures if text is not None), None)
+    if first is not None:
+        raise ValueError(first)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run a block of checks, which must hold no collective; what one rank refuses is a ValueError on every rank.
+
+    A chat template is a program and raises what it likes: as a UserError, which is no ValueError.
+    """
+    failure: str | None = None
+    try:
+        yield
+    except (ValueError, UserError) as error:
+        failure = str(error)
+    agree(failure)
