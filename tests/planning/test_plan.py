@@ -30,6 +30,50 @@ from dcr_scale.planning.workload import Lengths, refine_work
 SIZES = {"llama3_8b": 8.03, "llama3_70b": 70.55, "qwen3_32b": 32.76, "mixtral_8x7b": 46.70, "smollm2": 0.1345}
 
 
+# What a layer of each model consists of, as its safetensors headers on the Hub state it: name and shape.
+
+
+def dense(width: int, inner: int, queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+    attention = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
+    mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    return {
+        **{f"self_attn.{name}_proj.weight": shape for name, shape in attention.items()},
+        **{f"mlp.{name}_proj.weight": shape for name, shape in mlp.items()},
+        **{f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")},
+    }
+
+
+def mixture(width: int, inner: int, keys: int, experts: int) -> dict[str, tuple[int, ...]]:
+    """As transformers holds it: the Hub's w1 and w3 of all experts are gate_up_proj, their w2 down_proj."""
+    kept = {name: shape for name, shape in dense(width, inner, width, keys).items() if not name.startswith("mlp.")}
+    routed = {"gate.weight": (experts, width)}
+    routed |= {"experts.gate_up_proj": (experts, 2 * inner, width), "experts.down_proj": (experts, width, inner)}
+    return {**kept, **{f"mlp.{name}": shape for name, shape in routed.items()}}
+
+
+HEAD_NORMS = {"self_attn.q_norm.weight": (128,), "self_attn.k_norm.weight": (128,)}
+# Layers, vocabulary and width, whether the head is the embedding, and a layer's parameters.
+PUBLISHED = {
+    "llama3_8b": (32, (128256, 4096), False, dense(4096, 14336, 4096, 1024)),
+    "llama3_70b": (80, (128256, 8192), False, dense(8192, 28672, 8192, 1024)),
+    "qwen3_32b": (64, (151936, 5120), False, {**dense(5120, 25600, 8192, 1024), **HEAD_NORMS}),
+    "mixtral_8x7b": (32, (32000, 4096), False, mixture(4096, 14336, 1024, 8)),
+    "smollm2": (30, (49152, 576), True, dense(576, 1536, 576, 192)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configurations_are_of_the_published_shapes(name: str) -> None:
+    layers, table, tied, layer = PUBLISHED[name]
+    model = published_config(load_config(REPOSITORY / "configs" / f"{name}.yaml", []).model.path)
+    assert model is not None
+    expected = {f"model.layers.{i}.{key}": shape for i in range(layers) for key, shape in layer.items()}
+    expected |= {"model.embed_tokens.weight": table, "model.norm.weight": table[1:]}
+    expected |= {} if tied else {"lm_head.weight": table}
+    found = {key: tuple(parameter.shape) for key, parameter in build_skeleton(model).named_parameters()}
+    assert found == expected
+
+
 @cache
 def planner(name: str) -> Planner:
     # The published shapes, whatever lies in this machine's caches.
