@@ -27,6 +27,7 @@ from fresh_ranks import run_on_ranks
 
 ARMS = ("ours", "peer")
 LIMIT = 1.05
+DISK_SHARE = 0.8
 _BLOCK = 32 * 2**20
 VOCABULARY = 32000
 
@@ -288,8 +289,17 @@ def main() -> int:
     }
     ratio = None
     if "ours" in given.arms:
-        ratio = result["ours"]["load"]["bytes_read_ratio"]
-        result["export_share_of_disk_write"] = round(result["ours"]["export"]["MBps"] / result["disk_write_MBps"], 3)
+        load, export = result["ours"]["load"], result["ours"]["export"]
+        ratio = load["bytes_read_ratio"]
+        share = round(export["MBps"] / result["disk_write_MBps"], 3)
+        bound = result["ours"]["partition_bytes"] + largest
+        result["export_share_of_disk_write"] = share
+        result["targets_hold"] = {
+            f"bytes_read_ratio at most {LIMIT}": ratio <= LIMIT,
+            "load's peak at most a partition and the largest tensor": load["peak_bytes_a_rank"] <= bound,
+            "export's peak at most the largest tensor": export["peak_bytes_a_rank"] <= largest,
+            f"export at least {DISK_SHARE} of the disk's sequential write": share >= DISK_SHARE,
+        }
     print(json.dumps(result, indent=2))
     if given.out:
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

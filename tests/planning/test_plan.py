@@ -30,10 +30,8 @@ from dcr_scale.planning.workload import Lengths, refine_work
 SIZES = {"llama3_8b": 8.03, "llama3_70b": 70.55, "qwen3_32b": 32.76, "mixtral_8x7b": 46.70, "smollm2": 0.1345}
 
 
-# What a layer of each model consists of, as its safetensors headers on the Hub state it: name and shape.
-
-
 def dense(width: int, inner: int, queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+    """What a layer consists of, as the safetensors headers on the Hub state it."""
     attention = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
     mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     return {
