@@ -20,15 +20,24 @@ UNLIKE = {"seconds", "memory_gib", "peak_memory_gib", "world_size"}
 
 @contextmanager
 def told_to_stop(stage: str, step: int, number: int = signal.SIGUSR1) -> Iterator[None]:
-    """This process gets a signal while it records that step of that stage."""
-    record = RunLog.record
+    """This process gets a signal while it records that step of that stage, or, on other ranks than the first, while
+    the first one does."""
+    record, record_step = RunLog.record, RunLog.step
 
-    def recording(self: RunLog, of_stage: str, of_step: int, values: dict[str, Any]) -> None:
-        record(self, of_stage, of_step, values)
+    def strike(of_stage: str, of_step: int) -> None:
         if (of_stage, of_step) == (stage, step):
             os.kill(os.getpid(), number)
 
-    with mock.patch.object(RunLog, "record", recording):
+    def recording(self: RunLog, of_stage: str, of_step: int, values: dict[str, Any]) -> None:
+        record(self, of_stage, of_step, values)
+        strike(of_stage, of_step)
+
+    def recording_step(self: RunLog, of_stage: str, of_step: int, steps: int, **values: Any) -> None:
+        record_step(self, of_stage, of_step, steps, **values)
+        if not self.world.first:
+            strike(of_stage, of_step)
+
+    with mock.patch.multiple(RunLog, record=recording, step=recording_step):
         yield
 
 
