@@ -126,8 +126,11 @@ class Aligner:
         losses: list[float] = [] if saved is None else saved["losses"]
         if saved is None:
             self.measure(0)
-        elif self.probe is not None:
+        elif self.probe is not None and saved["probe"] is not None:
             self.probe.restore(saved["probe"])
+        else:
+            # Where there is a probe, it is new: its curves begin here.
+            self.measure(len(losses), now=True)
         self.runlog.start()
         with traced(self.config.profile, self.config.run.folder, "align", self.world) as traced_step:
             for step in range(len(losses), self.steps):
@@ -177,9 +180,9 @@ class Aligner:
         """What :meth:`run` must know to go on after the steps that had these losses, for a checkpoint."""
         return {"losses": losses, "probe": self.probe.state() if self.probe is not None else None}
 
-    def measure(self, step: int) -> None:
-        """The probe's measurement, where there is a probe and it is due."""
-        if self.probe is not None and self.probe.due(step):
+    def measure(self, step: int, *, now: bool = False) -> None:
+        """The probe's measurement, where there is a probe and it is due, or wanted ``now``."""
+        if self.probe is not None and self.probe.due(step, ended=now):
             with self.engine.aside():
                 self.probe.measure(step)
 

@@ -158,8 +158,11 @@ class Refiner:
             done = saved["step"]
             before, after = Separation(**saved["before"]), Separation(**saved["after"])
             stop.restore(saved["stop"])
-            if self.probe is not None:
+            if self.probe is not None and saved["probe"] is not None:
                 self.probe.restore(saved["probe"])
+            else:
+                # Where there is a probe, it is new: its curves begin here.
+                self.measure(done, now=True)
         self.runlog.start()
         with traced(self.config.profile, self.config.run.folder, "refine", self.world) as traced_step:
             for step in range(done, self.settings.steps):
@@ -171,7 +174,7 @@ class Refiner:
                     with self.runlog.paused():
                         after = self.look(step + 1)
                     reason = stop.reason(after.cross)
-                self.measure(step + 1, ended=reason is not None)
+                self.measure(step + 1, now=reason is not None)
                 if reason is not None:
                     ended = reason
                     break
@@ -299,9 +302,9 @@ class Refiner:
         )
         return found
 
-    def measure(self, step: int, *, ended: bool = False) -> None:
-        """The probe's measurement of the whole model, where there is a probe and it is due."""
-        if self.whole is not None and self.probe is not None and self.probe.due(step, ended=ended):
+    def measure(self, step: int, *, now: bool = False) -> None:
+        """The probe's measurement of the whole model, where there is a probe and it is due, or wanted ``now``."""
+        if self.whole is not None and self.probe is not None and self.probe.due(step, ended=now):
             self.whole.refresh()
             self.probe.measure(step)
 

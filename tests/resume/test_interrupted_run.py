@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import outcome, told_to_stop
+from interrupted import metrics, outcome, told_to_stop
 from toy import toy_checkpoint, toy_settings, write_config
 
 from dcr_scale import pipeline
@@ -225,6 +225,22 @@ def test_a_full_device_names_the_settings_that_help(
         load_config(config, ["=".join(setting)])
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
+
+
+@pytest.mark.parametrize("stage", ["refine", "align"])
+def test_a_probe_that_is_new_in_the_middle_of_a_stage_measures_from_there(
+    config: Path, tmp_path: Path, alone: None, stage: str
+) -> None:
+    folder, only = tmp_path / "run", ["look.enabled=false", f"{'align' if stage == 'refine' else 'refine'}=null"]
+    interrupt(config, folder, stage, 1, *only)
+    probing = [*only, "probe.every=2", *PROBE]
+    with told_to_stop(stage, 3), pytest.raises(Preempted):
+        begin(config, folder, *probing, accept_changes=True)
+    summary = begin(config, folder, *probing)
+    measured = [row["step"] for row in metrics(folder) if row["stage"] == f"{stage}/probe"]
+    last = max(row["step"] for row in metrics(folder) if row["stage"] == stage)
+    assert measured == sorted({1, *range(2, last, 2), last})
+    assert [summary["probe"][stage][end]["step"] for end in ("first", "last")] == [1, last]
 
 
 @pytest.mark.parametrize("text", ['{"format": 1, "id": "a"}', '{"format": 1', "[]"])
