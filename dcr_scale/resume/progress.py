@@ -42,10 +42,13 @@ FREE = (
     ),
 )  # fmt: skip
 
-# What a run makes in its folder; a fresh start removes it.
+# What a run makes in its folder, by glob patterns; a fresh start removes it. The others are written over at once.
 _MADE = (
     FILE, "checkpoints", "refined", "aligned", "adapter", "look", "metrics.jsonl", "summary.json", "report.html",
-    "kernel_similarity.json",
+    "kernel_similarity.json", "proposition.json", "profile", "tensorboard", "wandb",
+    # What a killed one was building, or had put aside for a moment.
+    "retention-*.bin",
+    *(f"{name}.{state}" for name in ("refined", "aligned", "adapter") for state in ("partial", "replaced")),
 )  # fmt: skip
 
 
@@ -165,9 +168,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _remove(folder: Path) -> None:
-    for name in _MADE:
-        path = folder / name
+    for path in [path for pattern in _MADE for path in folder.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()

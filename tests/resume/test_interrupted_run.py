@@ -243,6 +243,22 @@ def test_a_probe_that_is_new_in_the_middle_of_a_stage_measures_from_there(
     assert [summary["probe"][stage][end]["step"] for end in ("first", "last")] == [1, last]
 
 
+def test_a_fresh_start_leaves_nothing_of_the_run_before(config: Path, tmp_path: Path, alone: None) -> None:
+    """But what is not the run's, and what says how it was begun."""
+    folder, made = tmp_path / "run", tmp_path / "expected"
+    begin(config, made, *SHORT)
+    left = [
+        "proposition.json", "profile/refine.json.gz", "tensorboard/events.out", "wandb/run-1/files/output.log",
+        "adapter/README.md", "aligned/model.safetensors", "aligned.partial/model.safetensors",
+        "refined.replaced/model.safetensors", "retention-0.bin", "look/before.jsonl", "checkpoints/align-00000002/x",
+    ]  # fmt: skip
+    for name in [*left, "notes.txt"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    begin(config, folder, *SHORT, fresh=True)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()} | {"notes.txt"}
+
+
 @pytest.mark.parametrize("text", ['{"format": 1, "id": "a"}', '{"format": 1', "[]"])
 def test_a_damaged_progress_says_how_to_begin_anew(config: Path, tmp_path: Path, alone: None, text: str) -> None:
     (tmp_path / "run").mkdir()
