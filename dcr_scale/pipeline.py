@@ -143,9 +143,6 @@ class Run:
 
     def _choose_layer(self, model: StoredModel, settings: RefineConfig) -> None:
         """Put a number in the place of ``refine.layer: auto``, for everything that follows."""
-        if self.progress.done("layer_choice"):
-            settings.layer = self.facts["layer_choice"]["layer"]
-            return
         began = self._begin("layer_choice")
         choice = measure_layer(self.config, model, self.contrast.heldout, self.encoder.prefix, self.world)
         settings.layer = choice.layer
@@ -265,6 +262,8 @@ class Run:
             self.looker.done = tuple(self.looks)
         if self.probe is not None:
             self.probe.take_over(kept.get("probe", {}))
+        if self.config.refine is not None and self.config.refine.layer == "auto" and progress.done("layer_choice"):
+            self.config.refine.layer = self.facts["layer_choice"]["layer"]
         self._write_config()
 
     def _about(self) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from interrupted import metrics, outcome, told_to_stop
 from toy import toy_checkpoint, toy_settings, write_config
 
@@ -225,6 +227,25 @@ def test_a_full_device_names_the_settings_that_help(
         load_config(config, ["=".join(setting)])
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
+
+
+def test_the_chosen_layer_stays_in_the_configuration(
+    config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, auto = tmp_path / "run", [*SHORT, "refine.layer=auto"]
+    choice = SimpleNamespace(layer=3, reason="the third", as_dict=lambda: {"layer": 3})
+    monkeypatch.setattr(pipeline, "measure_layer", lambda *arguments: choice)
+    interrupt(config, folder, "refine", 2, *auto)
+
+    def layer() -> object:
+        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["refine"]["layer"]
+
+    assert layer() == 3
+    interrupt(config, folder, "refine", 3, *auto)
+    assert layer() == 3
+    begin(config, folder, *auto)
+    begin(config, folder, *auto)
+    assert layer() == 3, "nor does a finished run forget it"
 
 
 @pytest.mark.parametrize("stage", ["refine", "align"])
