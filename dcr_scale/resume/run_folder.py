@@ -48,6 +48,7 @@ class RunFolder:
         lock = RunLock(self.path, self.world)
         self.status = Status(self.path, self.world.rank, self.world.size)
         try:
+            self.status.begin(self.world)
             with self.world.agreed():
                 own = about() if self.world.first else {}
             self.progress = Progress.open(self.path, own, self.world, fresh=fresh, accept_changes=accept_changes)

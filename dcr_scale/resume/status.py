@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from dcr_scale.world import World
+
 State = Literal["running", "preempted", "finished", "failed"]
 
 FILE = "status.json"
@@ -22,6 +24,12 @@ class Status:
         self.path, self.rank = folder / FILE, rank
         self.about = {"host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size}
         self._latest: dict[str, Any] = {}
+
+    def begin(self, world: World) -> None:
+        """An attempt begins: how an earlier one ended counts no more, on any disk. Every rank calls it."""
+        with world.agreed(), suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        self.write("running", stage="start", step=0, reason="")
 
     def write(self, state: State, **facts: Any) -> None:
         """Replace what is there. ``facts`` (stage, step, reason) stay in until they are given anew.
@@ -39,7 +47,7 @@ class Status:
             os.replace(partial, self.path)
 
     def fail(self, reason: str) -> None:
-        """Say why the run ended. The first cause stays: when one rank dies, the others fail of its absence."""
+        """Say why the attempt ended. The first cause stays: when one rank dies, the others fail of its absence."""
         with suppress(OSError, ValueError):
             if json.loads(self.path.read_text(encoding="utf-8"))["state"] == "failed":
                 return

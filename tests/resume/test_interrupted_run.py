@@ -229,6 +229,15 @@ def test_a_full_device_names_the_settings_that_help(
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
 
 
+def test_an_attempt_does_not_end_for_the_reason_of_the_one_before(config: Path, halfway: Path) -> None:
+    before = {"state": "failed", "reason": "rank 0 ran out of memory in refine"}
+    (halfway / "status.json").write_text(json.dumps(before), encoding="utf-8")
+    with pytest.raises(UserError) as told:
+        begin(config, halfway, *SHORT, "refine.optimizer.lr=2e-3")
+    status = json.loads((halfway / "status.json").read_text(encoding="utf-8"))
+    assert (status["state"], status["reason"]) == ("failed", str(told.value))
+
+
 def test_the_chosen_layer_stays_in_the_configuration(
     config: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
