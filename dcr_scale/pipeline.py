@@ -9,7 +9,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from dcr_scale.refine import Refiner, check_layer, contrast_sampler
 from dcr_scale.report import write_report
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.resume.progress import Progress
-from dcr_scale.resume.run_folder import RunFolder
+from dcr_scale.resume.run_folder import RunFolder, Share
 from dcr_scale.resume.stop import StopRequest
 from dcr_scale.run_data import load_data
 from dcr_scale.runlog import configure_console, duration, finite
@@ -234,13 +234,18 @@ class Run:
         self.probe: TrainingProbe | None = None
         if config.refine is not None:
             contrast_sampler(config.refine, self.contrast.train.prompts, config.run.seed, self.world)
+            drawn: list[tuple[Sequence[Sequence[int]], int]] = [(self.contrast.train.ids, config.refine.batch_size)]
             if config.refine.retention.weight:
                 general = [instruction.prompt for instruction in self.data.general.train]
                 general = general[: config.refine.retention.prompts]
                 encoded = self.encoder.encode_prompts(general, "general prompts for retention")
                 self.retained = [ids for ids in encoded if ids is not None]
+                drawn.append((self.retained, config.refine.retention.batch_size))
+            self.folder.shares["refine"] = self._share(drawn)
         if config.align is not None:
             self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, config.align, self.world.size)
+            ids = [example.ids for example in self.examples]
+            self.folder.shares["align"] = self._share([(ids, min(config.align.batch_size, len(ids)))])
         if config.probe.every:
             general = [instruction.prompt for instruction in self.data.general.heldout]
             general = general[: max(config.probe.pairs, config.probe.prompts)]
@@ -252,6 +257,16 @@ class Run:
                 config, self.model_config, self.tokenizer, self.encoder, self.contrast.heldout,
                 self.data.general.heldout, self.world,
             )  # fmt: skip
+            self.folder.answered = -(-len(self.looker.asked) // self.world.size)
+
+    def _share(self, drawn: Sequence[tuple[Sequence[Sequence[int]], int]]) -> Share:
+        """A rank's part of a step that draws so many out of each list of sequences."""
+        prefix, tokens, longest = self.encoder.prefix, 0.0, 0
+        for sequences, count in drawn:
+            lengths = [len(ids) - prefix for ids in sequences]
+            tokens += count * sum(lengths) / max(1, len(lengths))
+            longest = max([longest, *lengths])
+        return Share(round(tokens / self.world.size), longest)
 
     def _take_up(self, progress: Progress) -> None:
         """Know what earlier parts found, where they are done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +19,20 @@ from dcr_scale.runlog import RunLog
 from dcr_scale.world import World
 
 
+class Share(NamedTuple):
+    """What one rank runs in a usual step of a stage: tokens of all its sequences, and of the longest that may be drawn,
+    which no setting divides."""
+
+    tokens: int
+    longest: int
+
+
 class RunFolder:
     """Opened by :meth:`held`, on every rank.
 
     Attributes:
+        shares: by stage, what a step gives to a rank; a run that runs out of memory then knows what would be less.
+        answered: prompts that a look has a rank answer, for the same purpose.
         progress: which parts of the run are done.
         status: what ``status.json`` says.
         runlog: the run's metrics.
@@ -30,6 +40,8 @@ class RunFolder:
 
     def __init__(self, config: Config, world: World, stop: StopRequest):
         self.path, self.config, self.world, self.stop = config.run.folder, config, world, stop
+        self.shares: dict[str, Share] = {}
+        self.answered = 0
         self.part = "start"
 
     @contextmanager
@@ -104,25 +116,35 @@ class RunFolder:
             raise Preempted(f"{reason}: {part} is done; the same command goes on there")
 
     def _helps(self) -> str:
-        """The three settings that save most memory in the part that ran out of it, and are not in use yet."""
+        """The three settings that save most memory in the part that ran out of it, each less than what is in use."""
         config, helps = self.config, []
         if self.part.startswith("look"):
             look = config.look
             if look.partitioned != "yes":
                 helps.append("look.partitioned=yes")
-            helps += [
-                f"look.batch_size={-(-look.batch_size // 2)}",
-                f"look.max_new_tokens={-(-look.max_new_tokens // 2)}",
-            ]
+            used = {"batch_size": min(look.batch_size, self.answered), "max_new_tokens": look.max_new_tokens}
+            helps += [f"look.{key}={count // 2}" for key, count in used.items() if count > 1]
         else:
             # What is left measures, or writes what stage 2 has trained.
             key = self.part if self.part in ("refine", "align") else "probe"
-            tokens = getattr(config, key).micro_batch_tokens
-            helps.append(f"{key}.micro_batch_tokens={tokens // 2 if tokens else 4096}")
+            tokens = self._fewer_tokens(key)
+            if tokens is not None:
+                helps.append(f"{key}.micro_batch_tokens={tokens}")
             if not config.model.gradient_checkpointing:
                 helps.append("model.gradient_checkpointing=true")
             if config.engine.offload_optimizer == "none":
                 helps.append("engine.offload_optimizer=cpu")
             if config.engine.offload_parameters == "none":
                 helps.append("engine.offload_parameters=cpu")
-        return ", ".join(helps[:3]) + ", or more GPUs; launchers/plan.py tells how many"
+        more = "or more GPUs" if helps else "more GPUs"
+        return ", ".join([*helps[:3], more]) + "; launchers/plan.py tells how many"
+
+    def _fewer_tokens(self, key: str) -> int | None:
+        """Half the tokens that a pass takes now, or the fewest that are allowed; None where no fewer can be had."""
+        settings, share = getattr(self.config, key), self.shares.get(key)
+        limits = [settings.micro_batch_tokens] if settings.micro_batch_tokens else []
+        used = min([*limits, share.tokens] if share is not None else limits)
+        allowed = int(type(settings).__dataclass_fields__["micro_batch_tokens"].metadata["at_least"])
+        fewer = max(used // 2, allowed)
+        least = fewer if share is None else max(fewer, share.longest)
+        return fewer if least < used else None

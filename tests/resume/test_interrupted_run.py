@@ -23,9 +23,12 @@ from dcr_scale.config import load_config
 from dcr_scale.errors import OutOfMemory, Preempted, UserError
 from dcr_scale.models import disk
 from dcr_scale.resume import run_lock
+from dcr_scale.resume.run_folder import RunFolder, Share
+from dcr_scale.resume.stop import StopRequest
 from dcr_scale.resume.training_state import FILE as TRAINING_STATE
 from dcr_scale.world import World
 
+CPU = torch.device("cpu")
 LORA = ["align.method=lora", "align.lora.dropout=0.3"]
 PROBE = [f"probe.{key}=2" for key in ("pairs", "prompts", "rank", "groups", "output_probes")]
 # Where a run can be told to stop: in the middle of a stage, in the step before its end, between the parts.
@@ -203,12 +206,12 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     [
         (
             "refine", "dcr_scale.refine.Refiner", "train_step",
-            "refine.micro_batch_tokens=4096, model.gradient_checkpointing=true, engine.offload_optimizer=cpu",
+            "refine.micro_batch_tokens=146, model.gradient_checkpointing=true, engine.offload_optimizer=cpu",
         ),
         ("align", "dcr_scale.align.Aligner", "train_step", "align.micro_batch_tokens=32, "),
         (
             "look_before", "dcr_scale.evaluation.look.Looker", "take",
-            "look.partitioned=yes, look.batch_size=8, look.max_new_tokens=1",
+            "look.partitioned=yes, look.batch_size=1, look.max_new_tokens=1, or more GPUs",
         ),
     ],
 )  # fmt: skip
@@ -227,6 +230,30 @@ def test_a_full_device_names_the_settings_that_help(
         load_config(config, ["=".join(setting)])
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["reason"]) == ("failed", str(told.value))
+
+
+def test_a_full_device_is_told_of_no_setting_that_is_no_less(config: Path) -> None:
+    """Of none that is in use, of fewer tokens only where a pass would take fewer, and of none that is not allowed."""
+    folder = RunFolder(load_config(config, ["align.micro_batch_tokens=16"]), World(0, 1, 0, 1, CPU), StopRequest())
+
+    def helps(part: str, share: Share | None = None) -> str:
+        folder.part, folder.shares = part, {} if share is None else {part: share}
+        return folder._helps()
+
+    assert helps("refine", Share(tokens=1000, longest=100)).startswith("refine.micro_batch_tokens=500, ")
+    assert helps("refine", Share(tokens=1000, longest=600)).startswith("refine.micro_batch_tokens=500, "), "fewer"
+    assert helps("refine", Share(tokens=1000, longest=1000)).startswith("model."), "one prompt is one pass"
+    assert helps("refine", Share(tokens=20, longest=5)).startswith("refine.micro_batch_tokens=16, ")
+    assert helps("align", Share(tokens=1000, longest=5)).startswith("model."), "16 is the least"
+    folder.config.align.micro_batch_tokens = 4096
+    assert helps("align", Share(tokens=1000, longest=5)).startswith("align.micro_batch_tokens=500, ")
+    folder.config.model.gradient_checkpointing = True
+    folder.config.engine.offload_optimizer = folder.config.engine.offload_parameters = "cpu"
+    assert helps("align", Share(tokens=1000, longest=1000)) == "more GPUs; launchers/plan.py tells how many"
+    assert helps("layer_choice").startswith("probe.micro_batch_tokens=512, ")
+    folder.config.look.partitioned, folder.config.look.max_new_tokens = "yes", 1
+    folder.answered = 1
+    assert helps("look_before") == "more GPUs; launchers/plan.py tells how many"
 
 
 def test_an_attempt_does_not_end_for_the_reason_of_the_one_before(config: Path, halfway: Path) -> None:
