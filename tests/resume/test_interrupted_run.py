@@ -300,6 +300,14 @@ def test_a_probe_that_is_new_in_the_middle_of_a_stage_measures_from_there(
     assert [summary["probe"][stage][end]["step"] for end in ("first", "last")] == [1, last]
 
 
+def test_a_checkpoint_that_is_kept_for_good_outlives_its_stage(config: Path, tmp_path: Path, alone: None) -> None:
+    folder, kept = tmp_path / "run", [*SHORT, "refine.steps=6", "checkpoint.keep_last=1", "checkpoint.keep_every=2"]
+    interrupt(config, folder, "refine", 5, *kept)
+    assert checkpoints(folder) == ["refine-00000002", "refine-00000004", "refine-00000005"]
+    begin(config, folder, *kept)
+    assert checkpoints(folder) == ["refine-00000002", "refine-00000004"]
+
+
 def test_a_fresh_start_leaves_nothing_of_the_run_before(config: Path, tmp_path: Path, alone: None) -> None:
     """But what is not the run's, and what says how it was begun."""
     folder, made = tmp_path / "run", tmp_path / "expected"
