@@ -123,8 +123,9 @@ class Run:
         ) as self.progress:
             self.runlog = self.folder.runlog
             self._take_up(self.progress)
-            if self.progress.done("summary") and (self.folder.path / "summary.json").is_file():
-                return self._finished_before()
+            finished = self._finished_before()
+            if finished is not None:
+                return finished
             self._announce()
             model = self._open(self.source)
             if self.config.refine is not None and self.config.refine.layer == "auto":
@@ -324,7 +325,8 @@ class Run:
                 path.write_text(typed_yaml.dump(tree), encoding="utf-8")
 
     def _open(self, folder: Path) -> StoredModel:
-        checkpoint = Checkpoint.open(folder, allow_pickle=self.config.model.allow_pickle)
+        with self.world.agreed():
+            checkpoint = Checkpoint.open(folder, allow_pickle=self.config.model.allow_pickle)
         return StoredModel(self.model_config, checkpoint, build_tensor_map(self.skeleton, checkpoint))
 
     def _export(
@@ -366,12 +368,22 @@ class Run:
         if self.tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template: a prompt is its text and a blank line")
 
-    def _finished_before(self) -> dict[str, Any]:
-        path = self.folder.path / "summary.json"
+    def _finished_before(self) -> dict[str, Any] | None:
+        """The summary of a run that is done; None while there is something to do, or to write again."""
+        if not self.progress.done("summary"):
+            return None
+        path, summary = self.folder.path / "summary.json", None
+        with self.world.agreed():
+            # On the first rank's disk alone, where ranks share none.
+            if self.world.first and path.is_file():
+                summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = self.world.gather(summary)[0]
+        if summary is None:
+            return None
         if self.looks:
             log.info("%s", table(self.looks))
         log.info("%s is finished: %s says what it found; --fresh runs it anew", self.config.run.name, path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return summary
 
     def _summarise(self) -> dict[str, Any]:
         self.folder.begin("summary")

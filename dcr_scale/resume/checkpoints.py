@@ -43,6 +43,7 @@ class StageCheckpoints:
         folder: the run's.
         recorded_before: bytes of metrics at the stage's begin.
         stop: whether the run has been told to stop.
+        shared: whether all ranks see the same folder; where they do not, nothing is saved.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class StageCheckpoints:
         stop: StopRequest,
         status: Status,
         world: World,
+        *,
+        shared: bool,
     ):
         self.stage, self.settings, self.folder = stage, settings, folder / FOLDER
         self.runlog, self.recorded_before = runlog, recorded_before
-        self.stop, self.status, self.world = stop, status, world
+        self.stop, self.status, self.world, self.shared = stop, status, world, shared
         self.began = time.perf_counter()
         self.earlier_seconds = 0.0
         self._warned = False
@@ -95,8 +98,12 @@ class StageCheckpoints:
         return sorted((self.folder / name for name in names), key=lambda path: self._step_of(path) or 0)
 
     def _restore(self, engine: Engine, path: Path) -> dict[str, Any] | None:
+        state: dict[str, Any] | None = None
         with self.world.agreed():
-            state = _read_state(path)
+            if self.world.first:
+                state = _read_state(path)
+        # The first rank's word counts: ranks that went different ways would wait for one another.
+        state = self.world.gather(state)[0]
         if state is None:
             log.warning("%s: has no readable state.json, and is left out", path)
             return None
@@ -128,9 +135,15 @@ class StageCheckpoints:
         """Save where a checkpoint is due, and stop where the run has been told to.
 
         Every rank calls it after every step but a stage's last. ``own`` gives what the stage itself must know to go on
-        after ``step``, as JSON can hold it. Raises Preempted on all ranks once everything is saved.
+        after ``step``, as JSON can hold it. Raises Preempted on all ranks once everything is saved, or where there is
+        nowhere to save it.
         """
         reason = self.stop.requested(self.world)
+        if reason and not self.shared:
+            raise Preempted(
+                f"{reason}: ranks share no folder, so nothing is saved of stage {self.stage}; the same command begins "
+                "it anew"
+            )
         due = _every(self.settings.every, step)
         if due or reason:
             self._save(engine, step, own())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,13 +11,16 @@ import torch
 
 from dcr_scale.config import Config
 from dcr_scale.errors import OutOfMemory, Preempted, UserError
-from dcr_scale.resume.checkpoints import StageCheckpoints
+from dcr_scale.models.phases import Phases
+from dcr_scale.resume.checkpoints import FOLDER, StageCheckpoints
 from dcr_scale.resume.progress import Progress
 from dcr_scale.resume.run_lock import RunLock
 from dcr_scale.resume.status import Status
 from dcr_scale.resume.stop import StopRequest
 from dcr_scale.runlog import RunLog
 from dcr_scale.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Share(NamedTuple):
@@ -36,6 +40,7 @@ class RunFolder:
         progress: which parts of the run are done.
         status: what ``status.json`` says.
         runlog: the run's metrics.
+        shared: whether all ranks see the same folder.
     """
 
     def __init__(self, config: Config, world: World, stop: StopRequest):
@@ -54,13 +59,15 @@ class RunFolder:
             asked: the configuration as a tree, for the trackers.
             about: what the run is made by (:meth:`Progress.open`), asked of the first rank.
 
-        Raises UserError on all ranks where another job is in it, or another run's progress; OutOfMemory, on one rank,
-        with the settings that help, where the block runs out of memory.
+        Raises UserError on all ranks where another job is in it, or another run's progress, or where checkpoints are to
+        be written and ranks do not share the folder; OutOfMemory, on one rank, with the settings that help, where the
+        block runs out of memory.
         """
         lock = RunLock(self.path, self.world)
         self.status = Status(self.path, self.world.rank, self.world.size)
         try:
             self.status.begin(self.world)
+            self.shared = self._is_shared()
             with self.world.agreed():
                 own = about() if self.world.first else {}
             self.progress = Progress.open(self.path, own, self.world, fresh=fresh, accept_changes=accept_changes)
@@ -91,8 +98,25 @@ class RunFolder:
         self._enter(stage)
         return StageCheckpoints(
             stage, self.config.checkpoint, self.path, self.runlog, self._recorded_before,
-            self.stop, self.status, self.world,
+            self.stop, self.status, self.world, shared=self.shared,
         )  # fmt: skip
+
+    def _is_shared(self) -> bool:
+        """Raises UserError on all ranks where it is not and checkpoints need it: all ranks write into one file."""
+        phases = Phases(self.path / FOLDER, self.world)
+        phases.find_writers()
+        shared = len(phases.disks) == 1
+        with self.world.agreed():
+            if not shared and self.config.checkpoint.every:
+                ranks = ", ".join(map(str, phases.disks))
+                raise UserError(
+                    f"{self.path}: ranks {ranks} each have a disk of their own there, and checkpoints need one that "
+                    "all ranks share; set run.dir to a folder on a file system that all ranks share, or "
+                    "checkpoint.every=null"
+                )
+        if not shared:
+            log.warning("%s: ranks share no disk there; a stage that is interrupted begins anew", self.path)
+        return shared
 
     def _enter(self, part: str) -> None:
         self.part = part
