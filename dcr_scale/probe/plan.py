@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dcr_scale.models.trunk import build_skeleton, decoder_layers
+from dcr_scale.probe.estimator import jackknives
 from dcr_scale.probe.passes import plan_micro_batches
 from dcr_scale.probe.reduction import owners, pair_blocks
 from dcr_scale.probe.units import Inventory, select, shape_of, take_inventory
@@ -30,7 +31,7 @@ class ProbePlan:
         kept: projected inputs held between a micro-batch's forward and backward pass.
         sketches: the rank's own sketches, float32.
         slices: the slices that the rank owns, of all prompts, float64.
-        exchanged: sketches, hidden states and inner products sent to other ranks.
+        exchanged: sketches, hidden states, inner products and estimates sent to other ranks.
     """
 
     prompts: int
@@ -56,7 +57,7 @@ class ProbePlan:
             ("  own sketches", size(self.sketches)),
             ("  all prompts' sketches in the owned slices", size(self.slices)),
             ("received a rank: parameters, at most", size(self.gathered)),
-            ("sent a rank: sketches and products", size(self.exchanged)),
+            ("sent a rank: sketches, products, estimates", size(self.exchanged)),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>12}" for name, value in rows)
@@ -149,12 +150,17 @@ def _gathered(
 
 
 def _products_sent(prompts: int, sender: int, shares: list[range], slices: int, groups: int, probes: int) -> int:
-    """Bytes of inner products that one rank hands to the ranks which add up a block of pairs."""
+    """Bytes of inner products that one rank hands to the ranks which add up a block of pairs, and of the estimates of
+    its own blocks, which every rank gets."""
     world_size, blocks = len(shares), groups if groups > 1 else 4
+    estimate = 1 + sum(jackknives(groups, probes)) + slices - 1
     sent = 0
     for columns in (prompts, 1):
         cut = pair_blocks(prompts, columns, slices, blocks, probes, symmetric=columns == prompts)
         for number, (rows, met) in enumerate(cut):
-            if number % world_size != sender:
-                sent += len(shares[sender]) * blocks * len(rows) * len(met) * probes**2 * _DOUBLE
+            pairs = len(rows) * len(met)
+            if number % world_size == sender:
+                sent += (world_size - 1) * pairs * estimate * _DOUBLE
+            else:
+                sent += len(shares[sender]) * blocks * pairs * probes**2 * _DOUBLE
     return sent

@@ -180,7 +180,7 @@ def estimate_pairs(
         if mine < len(turn):
             whole = torch.cat([part for part in received if part.numel()]) if size > 1 else received[0]
             local = finish(whole, *prompts(*turn[mine]), paired)
-        found += _share(local, len(turn))
+        found += _share(local, len(turn), products.slices - 1, left.device)
     parts = [estimate.fields() for estimate in found]
     return Estimate(*(_assemble(part, cut, symmetric) for part in zip(*parts, strict=True)))
 
@@ -197,10 +197,16 @@ def _assemble(parts: Sequence[Tensor], cut: Sequence[tuple[range, range]], symme
     return whole
 
 
-def _share(local: Estimate | None, count: int) -> list[Estimate]:
-    """The first ``count`` ranks' estimates on every rank."""
+def _share(local: Estimate | None, count: int, layers: int, device: torch.device) -> list[Estimate]:
+    """The first ``count`` ranks' estimates on every rank, in main memory: all pairs are many at 8 bytes a number."""
     if world_size() == 1:
         return [local]
-    everyone: list = [None] * world_size()
-    dist.all_gather_object(everyone, None if local is None else [x.cpu() for x in local.fields()])
-    return [Estimate(*packed) for packed in everyone[:count]]
+    if local is None:
+        packed = torch.empty(0, dtype=torch.float64, device=device)
+    else:
+        packed = torch.cat([local.squared[None], local.deviations, local.by_layer])
+    shared = []
+    for received in exchange([packed] * world_size())[:count]:
+        squared, deviations, by_layer = received.cpu().split([1, len(received) - 1 - layers, layers])
+        shared.append(Estimate(squared[0], deviations, by_layer))
+    return shared

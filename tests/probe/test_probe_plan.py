@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SETTINGS = {"rank": 4, "groups": 3, "output_probes": 2, "micro_batch_tokens": 9}
 
 
 def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
-    """What this rank sent by all_to_all, and received of parameters, in one measurement under ZeRO-3."""
+    """What this rank sent by all_to_all, received of parameters, and its largest pickle, in one measurement."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
@@ -37,15 +38,20 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    count = {"exchanged": 0, "gathered": 0}
+    count = {"exchanged": 0, "gathered": 0, "pickled": 0}
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     all_to_all = torch.distributed.all_to_all_single
+    gather_object = torch.distributed.all_gather_object
     gathers = {name: getattr(TorchBackend, name) for name in ("all_gather_into_tensor", "all_gather")}
 
     def counting_exchange(output, input, output_splits, input_splits):
         others = sum(size for peer, size in enumerate(input_splits) if peer != rank)
         count["exchanged"] += others * input.element_size()
         return all_to_all(output, input, output_splits, input_splits)
+
+    def measuring_pickles(everyone, own):
+        count["pickled"] = max(count["pickled"], len(pickle.dumps(own)))
+        return gather_object(everyone, own)
 
     def counting(gather):
         def counted(self, output=None, tensor=None, *args, input_tensor=None, output_tensor=None, **more):
@@ -56,12 +62,14 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
         return counted
 
     torch.distributed.all_to_all_single = counting_exchange
+    torch.distributed.all_gather_object = measuring_pickles
     for name, gather in gathers.items():
         setattr(TorchBackend, name, counting(gather))
     try:
         KernelProbe(engine, **SETTINGS).measure(PROMPTS)
     finally:
         torch.distributed.all_to_all_single = all_to_all
+        torch.distributed.all_gather_object = gather_object
         for name, gather in gathers.items():
             setattr(TorchBackend, name, gather)
         engine.destroy()
@@ -83,6 +91,8 @@ def test_planned_bytes_are_those_counted(ranks: RankPool, world_size: int, tied:
     counts = ranks.run(counted_bytes, tied, checkpointing, world_size=world_size, timeout=300.0)
     assert max(count["exchanged"] for count in counts) == plan.exchanged
     for count in counts:
+        # Shapes: no numbers travel beside those that are counted.
+        assert count["pickled"] < 100 * world_size
         # DeepSpeed gathers the small parameters once, to keep them.
         assert count["gathered"] == pytest.approx(plan.gathered, rel=0.03)
 
