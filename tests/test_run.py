@@ -274,6 +274,36 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     assert re.search(r"stage 2: full, 1 epochs of \d+ examples \(\d+ refusals\), 4 a step", plan)
 
 
+def test_a_dry_run_of_a_checkpoint_says_what_it_takes(
+    tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    source = toy_checkpoint(tmp_path / "model", "llama")
+    config = write_config(tmp_path, settings)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["dcr.py", "--config", str(config), "--dry-run", "--gpus", "2"])
+    assert runpy.run_path(str(REPOSITORY / "launchers" / "dcr.py"))["main"]() == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "no plan:" not in printed
+    table = printed.split("\nlooks: ")[1]
+    rows = {row[:27].strip(): re.split(r"\s{2,}", row[27:].strip()) for row in table.splitlines() if row[27:].strip()}
+    assert ["stage 1 (refine)", "stage 2 (align)"] in rows.values()
+    # Stage 1 has the first two layers and trains them but for the embedding; stage 2 has and trains everything.
+    sizes = {name: math.prod(info.shape) for name, info in Checkpoint.open(source).tensors.items()}
+    trunk = sum(size for name, size in sizes.items() if layer_of(name) in (0, 1))
+    embedding = sizes["model.embed_tokens.weight"]
+    whole = sum(sizes.values())
+    assert rows["parameters, of them trained"] == [
+        f"{(trunk + embedding) / 1e9:.3g} B, {trunk / 1e9:.3g} B", f"{whole / 1e9:.3g} B, {whole / 1e9:.3g} B"
+    ]  # fmt: skip
+    assert rows["layers that run"] == ["2", str(LAYERS)]
+    assert rows["steps, at most"] == ["4", "5"]
+    assert rows["fits 80 GiB"] == ["yes", "yes"]
+    # Two GPUs have something to say to one another.
+    assert re.search(r"^sent by a rank a step *\n  parameters +[1-9].* [kM]?B +[1-9].* [kM]?B$", table, re.MULTILINE)
+    assert "time on 2 × H100" in table
+
+
 def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
     """A skipped step has no gradient norm; JSON has no nan, and strict readers stop at one."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
