@@ -35,6 +35,8 @@ def test_the_mean_is_the_truth_and_intervals_cover_it(family, tied, groups):
         [(low <= squared) & (squared <= high) for low, high in (result.interval(0.95) for result in results)]
     ).double()
     assert 0.9 <= covered.mean() <= 0.99, covered.mean(dim=0)
+    # No pair pays for the others: a true coverage of 0.9 is 4.5 standard errors above this with so many seeds.
+    assert covered.mean(dim=0).min() >= 0.8, covered.mean(dim=0)
     # Wider intervals hold more, narrower ones less.
     narrow = torch.stack([(r.interval(0.5)[0] <= squared) & (squared <= r.interval(0.5)[1]) for r in results])
     assert narrow.double().mean() < covered.mean() - 0.1
