@@ -15,6 +15,8 @@ _ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_circle
 _SECOND = (
     "dcr_above",
     "stl_above",
+    "dcr_long",
+    "dcr_long_above",
     "dcr_without_general",
     "dcr_retained",
     "dcr_layer_8",

@@ -56,6 +56,10 @@ METHODS: dict[str, Method] = {
     "dcr_layer_8": Method("DCR, ℓ = 8", contrast="mixed", refine={"layer": 8}),
     "dcr_layer_24": Method("DCR, ℓ = 24", contrast="mixed", refine={"layer": 24}),
     "dcr_above": Method("DCR, stage 2 above ℓ alone", contrast="mixed", align={"lora.targets": _ABOVE}),
+    "dcr_long": Method("DCR, 180 steps of stage 1", contrast="mixed", refine={"steps": 180}),
+    "dcr_long_above": Method(
+        "DCR, 180 steps, stage 2 above ℓ alone", contrast="mixed", refine={"steps": 180}, align={"lora.targets": _ABOVE}
+    ),
     "stl_above": Method("STL, the same layers alone", align={"lora.targets": _ABOVE}),
     "dcr_answered": Method("DCR, answered prompts in stage 2", contrast="mixed", answered=True),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
