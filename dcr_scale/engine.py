@@ -221,7 +221,7 @@ class Engine:
         trace by which DeepSpeed gathers parameters ahead. Between updates only; afterwards the module trains on."""
         offload = self._optimizer.parameter_offload
         training = offload.param_coordinator
-        offload.param_coordinator = _untraced(training)
+        offload.param_coordinator = untraced(training)
         self.train(False)
         try:
             yield
@@ -241,7 +241,7 @@ class Engine:
         offload = self._optimizer.parameter_offload
         training = offload.param_coordinator
         if self._forward_coordinator is None:
-            self._forward_coordinator = _untraced(training)
+            self._forward_coordinator = untraced(training)
         offload.param_coordinator = self._forward_coordinator
         try:
             with torch.no_grad():
@@ -347,7 +347,7 @@ class Engine:
         self._engine.destroy()
 
 
-def _untraced(coordinator: Any) -> Any:
+def untraced(coordinator: Any) -> Any:
     """A copy of what gathers ZeRO-3's parameters that knows no order of modules yet, and shares no record of one."""
     copied = copy.copy(coordinator)
     if copied.is_invalid_trace():

@@ -75,7 +75,7 @@ def untraced(engine: Any) -> Iterator[None]:
         return
     from dcr_scale import engine as engines
 
-    offload.param_coordinator = engines._untraced(coordinator)
+    offload.param_coordinator = engines.untraced(coordinator)
     try:
         yield
     finally:
