@@ -76,7 +76,7 @@ setup(
         "xxhash>=3.0",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "gpu": ["flash-attn>=2.7"],
         "tracking": TRACKING,
         "dev": DEV,
         "harness": HARNESS,
