@@ -57,6 +57,8 @@ def load_settings(overrides: list[str]) -> EvaluateConfig:
         for name, value in clashing.items():
             if value is not None:
                 raise UserError(f"--engine vllm cannot be combined with --{name}; leave out --engine")
+    if config.model.attention != "auto":
+        raise UserError(f"model.attention={config.model.attention}: answers are made by torch's SDPA; leave it out")
     if config.steering is not None and config.harness is not None:
         raise UserError("--harness cannot be combined with --steering: it asks the model without vectors; run twice")
     return config

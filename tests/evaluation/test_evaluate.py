@@ -179,6 +179,7 @@ REFUSED = {
     "unknown task": (["--harness", "mmlu,chess"], "unknown task 'chess'; known are mmlu, arc, openbookqa, piqa"),
     "no harness": (["--harness", "arc"], "pip install -e '.[harness]'"),
     "no vllm": (["--engine", "vllm"], "pip install -e '.[vllm]'"),
+    "another attention": (["model.attention=flash_attn"], "answers are made by torch's SDPA"),
     "steered harness": (["--harness", "piqa", "--steering", "x"], "cannot be combined with --steering"),
     "steered vllm": (["--engine", "vllm", "--steering", "x"], "cannot be combined with --steering"),
     "no folder": (["--out", "{folder}/text.jsonl/out"], "give another folder by --out"),
