@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 import torch
 from rank_pool import RankPool
 from toy import toy_tokenizer
-from toy_models import PROMPTS_A, PROMPTS_B, toy_model
+from toy_models import PROMPTS_A, PROMPTS_B, toy_model, zero3
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from dcr_scale.probe import KernelProbe
@@ -223,24 +222,6 @@ def test_fewer_prompts_than_ranks(ranks: RankPool):
 
 
 # --- under ZeRO-3 ----------------------------------------------------------------------------------------------------
-
-
-def zero3(model: PreTrainedModel, **config):
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20},
-            **config,
-        },
-    )
-    return engine
 
 
 def told(engine) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from rank_pool import RankPool
 from torch import Tensor
-from toy_models import toy_model
+from toy_models import toy_model, zero3
 
 from dcr_scale.probe import KernelProbe, KernelSimilarity
 
@@ -67,22 +65,12 @@ def test_ranks_agree_with_one_process(ranks: RankPool, world_size: int):
 
 def train_under_zero3(probed: bool, checkpointing: bool) -> tuple[dict[str, Tensor], list[KernelSimilarity]]:
     """Two updates under ZeRO-3, with a measurement before each too, or after alone; gathered weights in the end."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     model = toy_model("llama", tied=True)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20},
-        },
-    )
+    engine = zero3(model)
+    import deepspeed  # not before DS_ACCELERATOR is set
+
     engine.train()
     results = []
     rank = torch.distributed.get_rank()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -10,6 +13,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MixtralConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -95,3 +99,22 @@ def reference(
                 own = [part for name, part in parts.items() if f"layers.{layer}." in name]
                 by_layer[layer, i, j] = (sum(own) * kernel).sum() if own else 0
     return squared, by_layer
+
+
+def zero3(model: PreTrainedModel, **config: Any) -> Any:
+    """A DeepSpeed engine that trains the model under ZeRO-3 on the CPU; ``config``: more of its configuration."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20},
+            **config,
+        },
+    )
+    return engine
