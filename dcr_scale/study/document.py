@@ -19,7 +19,7 @@ from dcr_scale.study import pictures
 from dcr_scale.study.analysis import Curve, common_defence, curves, paired, rate, ratio
 from dcr_scale.study.command import read_records
 from dcr_scale.study.methods import METHODS
-from dcr_scale.study.verdict import shown, verdict
+from dcr_scale.study.verdict import perplexity_ratios, shown, verdict
 
 
 def write(records: Path, page: Path | None) -> str:
@@ -42,6 +42,7 @@ def write(records: Path, page: Path | None) -> str:
         blocks = {
             "verdict": verdicts(lines, found),
             "comparison": headline,
+            "along": along(lines),
             "rivals": rivals(lines),
             "points": points(lines, found),
             "suites": by_suite(lines),
@@ -81,6 +82,22 @@ def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> s
             phrases = ratio(by_phrases[name], by_phrases["stl"])
             compared = (shown(ratio(line, stl)), shown(phrases), shown(ratio(line, stl, "general")))
             rows.append((METHODS[name].title, _seeds(line, stl), *compared, _range(line, stl)))
+    return _table(rows)
+
+
+def along(lines: Mapping[str, Curve]) -> str:
+    """DCR by STL at single points of defence success."""
+    rows: list[tuple[str, ...]] = [("at defence", "seemingly toxic", "general")]
+    if "dcr" not in lines:
+        return _table(rows)
+    ours, theirs = paired(lines["dcr"], lines["stl"])
+    for defence in np.linspace(*common_defence(ours, theirs), 6) if ours.seeds else ():
+        at = np.array([defence])
+        with np.errstate(divide="ignore", invalid="ignore"):  # where STL refuses nothing
+            ratios = [
+                (ours.at(at, of_class=of) / theirs.at(at, of_class=of))[0] for of in ("seemingly_toxic", "general")
+            ]
+        rows.append((f"{defence:.2f}", *(f"{ratio:.2f}" for ratio in ratios)))
     return _table(rows)
 
 
@@ -128,7 +145,7 @@ def by_suite(lines: Mapping[str, Curve]) -> str:
 def cost(records: Sequence[Mapping[str, Any]]) -> str:
     """Core-minutes and updates of the stages, medians over cells."""
     head = ("method", "cells", "stage 1, core-minutes", "stage 2", "judging", "tokens generated")
-    rows = [(*head, "stage 1 updates", "perplexity")]
+    rows = [(*head, "stage 1 updates", "perplexity", "by STL's of the same share and seed")]
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_method.setdefault(record["cell"]["method"], []).append(record)
@@ -150,6 +167,7 @@ def cost(records: Sequence[Mapping[str, Any]]) -> str:
                     f"{np.median([c['generated_tokens'] for c in asked]):.0f}" if asked else "–",
                     f"{np.median(updates):.0f}" if updates else "–",
                     f"{np.median(perplexity):.2f}",
+                    ", ".join(f"{ratio:.3f}" for ratio in sorted(perplexity_ratios(records, name))) or "–",
                 )
             )
     return _table(rows)

@@ -137,7 +137,7 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
         name = Cell(**cell["cell"]).name
         (records / f"{name}.json").write_text(json.dumps(cell))
     page = tmp_path / "study.md"
-    names = ("verdict", "comparison", "rivals", "points", "suites", "cost", "failures", "kernel", "setting")
+    names = ("verdict", "comparison", "along", "rivals", "points", "suites", "cost", "failures", "kernel", "setting")
     page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nstale\n<!-- /study:{n} -->\n" for n in names))
     table = document.write(records, page)
     text = page.read_text(encoding="utf-8")
@@ -168,7 +168,8 @@ def test_the_verdict_says_what_the_error_bars_decide() -> None:
     """A fall of .3 in all pairs is one; where pairs go both ways it is open; what is not measured is said to be so."""
     before, between = [0.7, 0.8, 0.9, None], [0.4, 0.5, 0.61, 0.5]
     dcr = probed_record("dcr", ("refine", before, between), ("align", between, [0.9, 0.6, 0.8, 0.1]))
-    fallen, stayed, stl = _kernel([dcr, probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))])
+    other_share = {**dcr, "cell": {"method": "dcr", "share": 0.25, "seed": 0}}
+    fallen, stayed, stl = _kernel([dcr, other_share, probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))])
     assert fallen[1:] == ("-0.297 ± 0.003", "yes")
     assert stayed[2] == "open"
     assert stl[1:] == ("+0.103 ± 0.003", "yes")
