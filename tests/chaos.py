@@ -18,11 +18,14 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 from interrupted import outcome
 from toy import launcher_command, toy_checkpoint, toy_settings, write_config
+
+from dcr_scale.world import cpu_model
 
 # How long the launcher, and the ranks that are left, may take to end once a rank is gone.
 ENDS_WITHIN_SECONDS = 60.0
@@ -147,6 +150,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    cores = f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}"
+    print(f"{given.kills} kills on {given.ranks} ranks, {cores}, {versions}")
     equal = Chaos(folder, given.kills, given.ranks, given.seed, given.method).run()
     print(f"{given.kills} kills, {'every run ended bit-equal' if equal else 'runs differ'}; {folder}")
     return 0 if equal else 1
