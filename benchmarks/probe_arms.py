@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dcr_scale.models import smollm2
-from dcr_scale.probe.capture import Capture
+from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.guard import borrowed
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import Routing, TokenLayout
@@ -117,7 +117,6 @@ class Bench:
 
             def call() -> Tensor:
                 sink = SketchSink(capture.inventory, projections, head, len(self.prompts))
-                sink.rows = slice(0, len(self.prompts))
                 run(sink)
                 return gram(x.flatten(1) for x in sink.slices)
 
@@ -207,7 +206,7 @@ class Bench:
         return arms
 
 
-class GhostGram:
+class GhostGram(Sink):
     """A sink that adds up the exact Gram matrix: ⟨Σ_t δ aᵀ, Σ_s δ' a'ᵀ⟩ = Σ_ts (δ_t·δ'_s)(a_t·a'_s)."""
 
     def __init__(self, prompts: int):

@@ -35,6 +35,9 @@ _active: Capture | None = None
 class Sink(Protocol):
     """What a pass's gradients go to. ``routing`` is None outside of experts, where a row is a token."""
 
+    def begin(self, rows: int) -> None:
+        """A backward pass begins: what follows, up to the next one, are the gradients of so many rows."""
+
     def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
         """What the backward pass will need of a product's inputs; finite where they are."""
 
@@ -91,13 +94,14 @@ class Capture:
     # --- passes ------------------------------------------------------------------------------------------------
 
     def run(
-        self, sink: Sink, layout: TokenLayout, inputs: dict[str, Any], cotangents_BD: Tensor
+        self, sink: Sink, layout: TokenLayout, inputs: dict[str, Any], *cotangents_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One forward and one backward pass of a micro-batch.
+        """One forward pass of a micro-batch, and one backward pass for each of ``cotangents_BD``.
 
         Args:
             inputs: the model's keywords.
             cotangents_BD: what each row's final hidden state is multiplied by: the scalar whose gradient is taken.
+                A single one where :attr:`one_backward` holds.
 
         Returns:
             The final hidden states at the rows' last tokens, float32 [B, D], and the model's logits.
@@ -106,13 +110,20 @@ class Capture:
         logits = self.model(**inputs).logits
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
         self._hidden = None
-        self._backward = True
-        if hidden_BD.requires_grad:  # else no counted weight stands below it
-            hidden_BD.backward(cotangents_BD.to(hidden_BD.dtype))
-        self._backward = False
-        self._waiting.clear()
+        for number, cotangent_BD in enumerate(cotangents_BD, start=1):
+            sink.begin(len(cotangent_BD))
+            self._backward = True
+            if hidden_BD.requires_grad:  # else no counted weight stands below it
+                hidden_BD.backward(cotangent_BD.to(hidden_BD.dtype), retain_graph=number < len(cotangents_BD))
+            self._backward = False
+            self._waiting.clear()
         self._fail(self._what_failed())
         return hidden_BD.detach().float(), logits.detach()
+
+    @cached_property
+    def one_backward(self) -> bool:
+        """Whether a forward pass can be followed by one backward pass only: ZeRO-3 lets go of the weights in it."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
     def _what_failed(self) -> str | None:
         names, self._sums, sums = list(self._sums), {}, self._sums
@@ -290,8 +301,7 @@ class Capture:
     def _begins_at_embedding(self) -> bool:
         """ZeRO-3 lets go of a module's weights when the gradient reaches its input, and a recomputed layer must save
         what it saved before: both need a graph through all layers."""
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
-        return partitioned or bool(self._recomputed)
+        return self.one_backward or bool(self._recomputed)
 
     @staticmethod
     def _begin_at(output: Tensor) -> None:

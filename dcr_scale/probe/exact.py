@@ -40,7 +40,7 @@ class Factors:
     hidden: Tensor | None = None
 
 
-class GhostSink:
+class GhostSink(Sink):
     """Collects one prompt's factors; its copies are the rows of one micro-batch, one for each direction."""
 
     def __init__(self) -> None:

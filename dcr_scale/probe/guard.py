@@ -62,10 +62,11 @@ def check_ready(model: nn.Module) -> None:
 
 
 @contextmanager
-def untraced(engine: Any) -> Iterator[None]:
-    """Passes inside the context are unknown to the trace by which a DeepSpeed engine gathers parameters ahead.
+def unnoticed(engine: Any) -> Iterator[None]:
+    """Passes inside the context leave no mark on a DeepSpeed engine's ZeRO-3.
 
-    Training's trace would keep the head and the embedding for a backward pass that ends before it reaches them.
+    Training's trace, by which parameters are gathered ahead, would keep the head and the embedding for a backward pass
+    that ends before it reaches them. And blocks of experts would reduce their gradients, zero where there is none.
     """
     optimizer = getattr(engine, "optimizer", None)
     offload = getattr(optimizer, "parameter_offload", optimizer)  # an engine without an optimizer has it in its place
@@ -75,6 +76,10 @@ def untraced(engine: Any) -> Iterator[None]:
         return
     from dcr_scale import engine as engines
 
+    reductions = [(hook.hooks_dict_ref(), hook.id) for hook in getattr(optimizer, "_leaf_module_hooks", ())]
+    before = [(hooks, dict(hooks)) for hooks, _ in reductions]
+    for hooks, number in reductions:
+        del hooks[number]
     offload.param_coordinator = engines.untraced(coordinator)
     try:
         yield
@@ -82,6 +87,9 @@ def untraced(engine: Any) -> Iterator[None]:
         # Modules whose inputs need no gradient wait for a hook that never comes.
         offload.param_coordinator.release_backward_leftovers()
         offload.param_coordinator = coordinator
+        for hooks, all_of_them in before:
+            hooks.clear()
+            hooks.update(all_of_them)
 
 
 @contextmanager
@@ -120,10 +128,10 @@ def borrowed(model: nn.Module, packed: bool, dtype: torch.dtype) -> Iterator[Non
         torch.set_rng_state(random_state)
         if device_state is not None:
             torch.cuda.set_rng_state(device_state, device)
-    for parameter, before in zip(parameters, grads, strict=True):
+    for (name, parameter), before in zip(model.named_parameters(), grads, strict=True):
         now = None if parameter.grad is None else (parameter.grad, parameter.grad._version)
-        assert (before is None) == (now is None), "the probe touched a gradient"
-        assert before is None or (before[0] is now[0] and before[1] == now[1]), "the probe touched a gradient"
+        same = (now is None and before is None) or (now and before and now[0] is before[0] and now[1] == before[1])
+        assert same, f"the probe touched the gradient of {name}"
     left = [name for name, p in model.named_parameters() if _gathered(p) and id(p) not in gathered]
     assert not left, f"the probe left parameters gathered: {', '.join(left)}"
 

@@ -16,10 +16,10 @@ from dcr_scale.probe.agreement import agree, agreed
 from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Blocks, Estimate, estimate, jackknives, log_error, signed_root, student_t
 from dcr_scale.probe.exact import exact_kernel
-from dcr_scale.probe.guard import borrowed, check_between_updates, check_ready, untraced, unwrap
+from dcr_scale.probe.guard import borrowed, check_between_updates, check_ready, unnoticed, unwrap
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import TokenLayout
-from dcr_scale.probe.passes import packed_batch, padded_batch, plan_micro_batches
+from dcr_scale.probe.passes import packed_batch, padded_batch, plan_steps
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.reduction import Products, collect_rows, estimate_pairs, own_rank, own_slices, world_size
 from dcr_scale.probe.sketch import SketchSink
@@ -171,7 +171,7 @@ class KernelProbe:
         kernel = self._exact if exact else self._sketched
         with (
             borrowed(self._model, self.packed, head.dtype),
-            untraced(self._engine),
+            unnoticed(self._engine),
             self._capture.installed(),
         ):
             pairs = kernel(sequences, head)
@@ -210,13 +210,13 @@ class KernelProbe:
             inputs["logits_to_keep"] = layout.last[:1]
         return inputs, layout
 
-    def _run(self, sink: Sink, sequences: Sequence[Sequence[int]], head: Head, cotangents_BD: Tensor) -> Tensor:
+    def _run(self, sink: Sink, sequences: Sequence[Sequence[int]], head: Head, *cotangents_BD: Tensor) -> Tensor:
         """One micro-batch's passes; gives the final hidden states, float32 [B, D].
 
         What goes wrong is the capture's failure: whoever runs passes agrees on it when all of them are done.
         """
         inputs, layout = self._batch(sequences, head.device)
-        hidden_BD, logits = self._capture.run(sink, layout, inputs, cotangents_BD)
+        hidden_BD, logits = self._capture.run(sink, layout, inputs, *cotangents_BD)
         if self._capture.failure is None:
             last_V = logits[0, 0 if self._keeps_logits else layout.last[0]]
             self._capture.failure = head.why_not_linear(hidden_BD[0], last_V)
@@ -225,17 +225,18 @@ class KernelProbe:
     def _sketched(self, sequences: list[tuple[int, ...]], head: Head) -> Pairs:
         """Sketch all prompts; the result gives estimates for any pairs of them."""
         probes = self.output_probes
-        plan = plan_micro_batches(
-            [len(sequence) for sequence in sequences], probes, world_size=world_size(), limit=self.micro_batch_tokens
-        )
-        steps = plan[own_rank()]
-        items = torch.tensor([item for step in steps for item in step], device=head.device)
+        steps = plan_steps(
+            [len(sequence) for sequence in sequences], probes, world_size=world_size(), limit=self.micro_batch_tokens,
+            one_backward=self._capture.one_backward,
+        )[own_rank()]  # fmt: skip
+        passes = [[torch.tensor(items, device=head.device) for items in step.passes] for step in steps]
+        items = torch.cat([which for step in passes for which in step])
         sink = SketchSink(self._inventory, self._projections, head, len(items))
         hidden = []
-        for step in steps:
-            which = torch.tensor([item % probes for item in step], device=head.device)
-            sink.rows = slice(sink.rows.stop, sink.rows.stop + len(step))
-            hidden.append(self._run(sink, [sequences[item // probes] for item in step], head, head.cotangents(which)))
+        for step, numbers in zip(steps, passes, strict=True):
+            cotangents = (head.cotangents(which % probes) for which in numbers)
+            hidden_BD = self._run(sink, [sequences[row] for row in step.rows], head, *cotangents)
+            hidden += [hidden_BD] * len(numbers)
         agree(self._capture.failure)
         total = len(sequences) * probes
         products = Products(own_slices(sink.slices, items, total), len(sink.slices), self.rank, probes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -21,6 +22,32 @@ def plan_micro_batches(lengths: Sequence[int], probes: int, *, world_size: int, 
     """
     costs = [length for length in lengths for _ in range(probes)]
     return micro_batches(costs, world_size=world_size, limit=limit)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch and its backward passes.
+
+    ``rows``: the prompt of each row of the forward pass. ``passes``: the item of each row, one list a backward pass.
+    """
+
+    rows: list[int]
+    passes: list[list[int]]
+
+
+def plan_steps(
+    lengths: Sequence[int], probes: int, *, world_size: int, limit: int, one_backward: bool
+) -> list[list[Step]]:
+    """``plan[rank]`` of all items (see :func:`plan_micro_batches`).
+
+    ``one_backward``: every probe has a row of its own for each prompt, else a backward pass of its own through the
+    prompt's one row.
+    """
+    rows = plan_micro_batches(lengths, probes if one_backward else 1, world_size=world_size, limit=limit)
+    if one_backward:
+        return [[Step([item // probes for item in step], [step]) for step in steps] for steps in rows]
+    passes = range(probes)
+    return [[Step(step, [[row * probes + p for row in step] for p in passes]) for step in steps] for steps in rows]
 
 
 def packed_batch(

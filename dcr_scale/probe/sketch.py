@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from dcr_kernels import segment_outer
+from dcr_scale.probe.capture import Sink
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.units import Inventory, Unit
 
 
-class SketchSink:
+class SketchSink(Sink):
     """Collects this rank's sketches.
 
     Attributes:
         slices: for each slice, float32 [items, G, C], the coordinates of all its units.
         meets: where the head is the embedding, float32 [items, R, D]: Σ_t u_r[token t] δ_t, what the other use of the
             matrix meets; else None.
-        rows: which items the current micro-batch's rows are; the caller sets it.
+        rows: which items the current backward pass's rows are: those that follow the one before.
     """
 
     def __init__(self, inventory: Inventory, projections: Projections, head: Head, items: int):
@@ -40,37 +41,43 @@ class SketchSink:
         self.meets = torch.zeros(items, head.probes, head.width, device=head.device) if head.crosses else None
         self.rows = slice(0, 0)
 
+    def begin(self, rows: int) -> None:
+        self.rows = slice(self.rows.stop, self.rows.stop + rows)
+
     def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
         columns = unit.shape[1]
+        draw = self.projections
+        strips = draw.strips(columns)
         if unit.weight:
-            projected_MW = inputs_MD @ self.projections.matrix(unit.name, "in", 0, columns, inputs_MD)
+            projected = draw.project(unit.name, "in", inputs_MD)
         else:
-            projected_MW = inputs_MD.new_zeros(len(inputs_MD), self.projections.width)
+            projected = inputs_MD.new_zeros(len(inputs_MD), strips, draw.groups, draw.rank // strips)
         if unit.bias:
-            # The bias is one more column of the weight, and its input is 1.
-            projected_MW = projected_MW + self.projections.matrix(unit.name, "in", columns, columns + 1, inputs_MD)
-        return projected_MW
+            # The bias is one more column of the weight, and its input is 1. All rows read it, where a strip's rows are
+            # one in s: it weighs 1/√s of an entry of theirs.
+            last_1W = draw.matrix(unit.name, "in", columns, columns + 1, inputs_MD)
+            projected = projected + last_1W.view(draw.groups, -1, strips).movedim(2, 0) * strips**-0.5
+        return projected
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
-        draw = self.projections.matrix
+        project = self.projections.project
         if routing is None:
-            delta_MW = delta_MD @ draw(unit.name, "out", 0, unit.shape[0], delta_MD)
+            delta = project(unit.name, "out", delta_MD)
         else:
             width = delta_MD.shape[1]
-            delta_MW = torch.cat(
+            delta = torch.cat(
                 [
-                    delta_MD[start:stop] @ draw(unit.name, "out", expert * width, (expert + 1) * width, delta_MD)
+                    project(unit.name, "out", delta_MD[start:stop], expert * width)
                     for expert, start, stop in routing.spans
                 ]
             )
-            delta_MW, kept = delta_MW[routing.inverse], kept[routing.inverse]
-        self._add(unit, self._outer(delta_MW, kept, layout))
+            delta, kept = delta[routing.inverse], kept[routing.inverse]
+        self._outer(unit, delta, kept, layout)
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
         met, which = ids_T.unique(return_inverse=True)
-        token_TW = self.projections.columns(unit.name, "in", met)[which].to(delta_TD.dtype)
-        delta_TW = delta_TD @ self.projections.matrix(unit.name, "out", 0, unit.shape[0], delta_TD)
-        self._add(unit, self._outer(delta_TW, token_TW, layout))
+        tokens = self.projections.columns(unit.name, "in", met)[which, None].to(delta_TD.dtype)
+        self._outer(unit, self.projections.project(unit.name, "out", delta_TD), tokens, layout)
         if self.meets is not None and unit.parameter is self._head.weight:
             delta_BLD, probes_BLR = layout.rows(delta_TD.float()), layout.rows(self._head.at_tokens(ids_T))
             self.meets[self.rows] += torch.einsum("blr,bld->brd", probes_BLR, delta_BLD)
@@ -84,27 +91,28 @@ class SketchSink:
         half = (padded.view(-1, rows, columns) @ in_cW).view(-1, rows, groups, rank)
         self._add(unit, out_rW.view(rows, groups, rank).permute(1, 2, 0) @ half.permute(0, 2, 1, 3))
 
-    def _outer(self, delta_MW: Tensor, input_MW: Tensor, layout: TokenLayout) -> Tensor:
-        """Σ over each row's tokens (and slots) of δ aᵀ, group by group: float32 [B, G, p, p]."""
+    def _outer(self, unit: Unit, delta: Tensor, inputs: Tensor, layout: TokenLayout) -> None:
+        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [M, s, G, c]."""
         groups, rank = self.projections.groups, self.projections.rank
-        slots = len(delta_MW) // layout.tokens
-        if layout.cu_seqlens is not None and delta_MW.is_cuda:
+        slots = len(delta) // layout.tokens
+        # A group's rows lie strip by strip next to each other: the first of them are a smaller rank's.
+        if layout.cu_seqlens is not None and delta.is_cuda:
             # Groups as further segments: one launch for all of them.
             ends = layout.cu_seqlens * slots
-            shift = torch.arange(groups, device=ends.device, dtype=ends.dtype)[:, None] * len(delta_MW)
+            shift = torch.arange(groups, device=ends.device, dtype=ends.dtype)[:, None] * len(delta)
             bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
-            flat = [x.view(-1, groups, rank).transpose(0, 1).reshape(-1, rank) for x in (delta_MW, input_MW)]
+            flat = [x.permute(2, 0, 3, 1).reshape(-1, rank) for x in (delta, inputs)]
             outer_GNpp = segment_outer(flat[0], flat[1], bounds).view(groups, -1, rank, rank)
-            return outer_GNpp.transpose(0, 1)[: len(layout.index)]
-        sides = (
-            layout.rows(x.view(layout.tokens, slots * x.shape[1])).view(len(layout.index), -1, groups, rank)
-            for x in (delta_MW.float(), input_MW.float())
-        )
-        # Groups as further rows. Neither einsum nor a broadcast matmul, which cost more than these small products.
-        delta, kept = (side.transpose(1, 2).reshape(-1, side.shape[1], rank) for side in sides)
-        return torch.bmm(delta.mT, kept).view(-1, groups, rank, rank)
+            outer_BGpp = outer_GNpp.transpose(0, 1)[: len(layout.index)]
+        else:
+            # Groups as further rows. Neither einsum nor a broadcast matmul, which cost more than these small products.
+            sides = (layout.rows(x.float().unflatten(0, (-1, slots))) for x in (delta, inputs))
+            left, right = (x.permute(0, 4, 5, 3, 1, 2).reshape(-1, rank, x.shape[1] * slots) for x in sides)
+            outer_BGpp = torch.bmm(left, right.mT).view(-1, groups, rank, rank)
+        self._add(unit, outer_BGpp, delta.shape[1] * inputs.shape[1])
 
-    def _add(self, unit: Unit, sketch_BGpp: Tensor) -> None:
+    def _add(self, unit: Unit, sketch_BGpp: Tensor, strips: int = 1) -> None:
+        """``strips``: those of both sides, multiplied."""
         start, size = self._offset[unit.name], self.projections.rank**2
         place = self.slices[unit.slice][self.rows, :, start : start + size]
-        place.add_(sketch_BGpp.flatten(2), alpha=1 / self.projections.rank)
+        place.add_(sketch_BGpp.flatten(2), alpha=strips**0.5 / self.projections.rank)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from dcr_scale.models.trunk import decoder_layers
-from dcr_scale.probe.capture import Capture
+from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.guard import borrowed, check_ready
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import Routing, TokenLayout
@@ -144,7 +144,7 @@ class Pooled:
         return values_TD.new_zeros(self.rows, *values_TD.shape[1:]).index_add_(0, self.row, values_TD)
 
 
-class TailSizes:
+class TailSizes(Sink):
     """Collects ω_l = ‖B_l B_lᵀ‖_F of the tail's weights from pairs of rows under independent probes.
 
     A sink; ``pooled`` is the current micro-batch's, set by the caller.

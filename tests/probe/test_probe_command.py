@@ -24,7 +24,7 @@ from dcr_scale.probe import KernelProbe
 from dcr_scale.similarity.prompts import read_classes
 from dcr_scale.similarity.settings import load_settings
 
-SMALL = ["--rank", "4", "--groups", "2", "--output-probes", "3"]
+SMALL = ["--rank", "4", "--groups", "2", "--output-probes", "3", "--seed", "1"]
 PICTURES = ("heat_map.png", "distributions.png", "layers.png")
 
 
@@ -69,7 +69,7 @@ def test_it_writes_what_the_probe_measures(tmp_path: Path, model: Path, files: l
     assert [row["class"] for row in prompts] == ["a"] * 5 + ["b"] * 5
     assert [row["pair"] for row in prompts[:5]] == [row["pair"] for row in prompts[5:]], "matched prompts in one order"
     probe = KernelProbe(
-        AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model), 4, 2, 3
+        AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model), 4, 2, 3, 1
     )
     expected = probe.measure([row["prompt"] for row in prompts])
     assert tensors["by_layer"].shape == (LAYERS, 10, 10)
@@ -226,7 +226,7 @@ def test_two_ranks_find_the_same_whole_and_partitioned(
     assert launched("--model", model, *files, *SMALL, "--out", tmp_path / "alone") == 0
     alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
     sides = [f"{side}.path={files[2 * i + 1]}" for i, side in enumerate("ab")]
-    settings = [f"model.path={model}", *sides, "rank=4", "groups=2", "output_probes=3"]
+    settings = [f"model.path={model}", *sides, "rank=4", "groups=2", "output_probes=3", "seed=1"]
     for partitioned in ("no", "yes"):
         out = tmp_path / partitioned
         overrides = [*settings, f"partitioned={partitioned}", f"out={out}", "engine.persistence_threshold=0"]

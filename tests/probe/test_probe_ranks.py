@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from rank_pool import RankPool
 from torch import Tensor
 from toy_models import toy_model, zero3
+from transformers import PreTrainedModel
 
 from dcr_scale.probe import KernelProbe, KernelSimilarity
 
 PROMPTS_A = [[3, 4, 5, 6, 7], [8, 0, 3, 9, 2, 30, 4], [9, 9], [31, 5, 17]]
 PROMPTS_B = [[3, 4, 5, 17, 7], [8, 0, 3, 9, 2, 30, 4], [12]]
-SETTINGS = {"rank": 4, "groups": 3, "output_probes": 3}
+SETTINGS = {"rank": 4, "groups": 4, "output_probes": 3}
 
 
 def assert_same(result: KernelSimilarity, expected: KernelSimilarity, selves_b: Tensor) -> None:
@@ -63,9 +65,52 @@ def test_ranks_agree_with_one_process(ranks: RankPool, world_size: int):
             assert torch.equal(result.squared, results[0].squared)
 
 
-def train_under_zero3(probed: bool, checkpointing: bool) -> tuple[dict[str, Tensor], list[KernelSimilarity]]:
+def with_adapters(model: PreTrainedModel) -> PeftModel:
+    """Adapters whose gradients do not vanish, the same on every rank."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return adapted.eval()
+
+
+FORMS = {
+    "experts, padded": ("qwen3-moe", False, {"packed": False}),
+    "experts, small steps": ("mixtral", False, {"micro_batch_tokens": 9}),
+    "adapters": ("qwen3", True, {"parameters": "trainable"}),
+}
+
+
+def measure_form(form: str, partitioned: bool) -> tuple[KernelSimilarity, Tensor]:
+    family, tied, settings = FORMS[form]
+    model = toy_model(family, tied=tied)
+    if form == "adapters":
+        model = with_adapters(model)
+    measured_model = zero3(model) if partitioned else model
+    probe = KernelProbe(measured_model, **SETTINGS, **settings)
+    # All prompts on both sides: there must be as many as there are ranks.
+    result, selves = probe.measure(PROMPTS_A, PROMPTS_B), probe.measure(PROMPTS_B + PROMPTS_A).self_squared
+    if partitioned:
+        measured_model.destroy()
+    return result, selves[: len(PROMPTS_B)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_four_ranks_under_zero3_agree_with_one_process(ranks: RankPool, form: str):
+    # One process sends all probes through one forward pass; ZeRO-3 has a row for each.
+    expected, selves = measure_form(form, False)
+    for result, _ in ranks.run(measure_form, form, True, world_size=4, timeout=300.0):
+        assert_same(result, expected, selves)
+
+
+def train_under_zero3(
+    family: str, probed: bool, checkpointing: bool
+) -> tuple[dict[str, Tensor], list[KernelSimilarity]]:
     """Two updates under ZeRO-3, with a measurement before each too, or after alone; gathered weights in the end."""
-    model = toy_model("llama", tied=True)
+    model = toy_model(family, tied=True)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = zero3(model)
@@ -93,18 +138,22 @@ def train_under_zero3(probed: bool, checkpointing: bool) -> tuple[dict[str, Tens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_under_zero3_it_measures_the_same_and_training_never_notices(ranks: RankPool, checkpointing: bool):
-    expected, selves = measured("llama", True)
-    probed = ranks.run(train_under_zero3, True, checkpointing, world_size=2, timeout=300.0)
-    plain = ranks.run(train_under_zero3, False, checkpointing, world_size=2, timeout=300.0)
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [("llama", False), ("llama", True), ("qwen3-moe", False)],
+    ids=["kept", "recomputed", "experts"],
+)
+def test_under_zero3_it_measures_the_same_and_training_never_notices(ranks: RankPool, family: str, checkpointing: bool):
+    expected, selves = measured(family, True)
+    probed = ranks.run(train_under_zero3, family, True, checkpointing, world_size=2, timeout=300.0)
+    plain = ranks.run(train_under_zero3, family, False, checkpointing, world_size=2, timeout=300.0)
     for (weights, results), (twin, late) in zip(probed, plain, strict=True):
         assert_same(results[0], expected, selves)
         assert (len(results), len(late)) == (3, 1)
         for name in twin:
             assert torch.equal(weights[name], twin[name]), name
     # After training it measures the trained model.
-    model = toy_model("llama", tied=True)
+    model = toy_model(family, tied=True)
     model.load_state_dict({**model.state_dict(), **plain[0][0]})
     trained = KernelProbe(model, **SETTINGS).measure(PROMPTS_A, PROMPTS_B)
     assert not torch.allclose(trained.squared, expected.squared, rtol=1e-3)
