@@ -1,7 +1,8 @@
-"""Stage 2's loss: the summed cross-entropy of a pack's response tokens, and of a frozen head without its logits.
+"""Stage 2's loss: the summed cross-entropy of a pack's response tokens, without all of their logits at once.
 
-At a vocabulary of 128k the logits are the largest tensors of the step. They are made for response tokens alone, and
-where the head does not train, as under LoRA, for a few rows at a time: forward and gradient of a row need no other row.
+At a vocabulary of 128k the logits are the largest tensors of the step. They are made for response tokens alone and for
+a few rows at a time: forward and gradient of a row need no other row. (torch's ``linear_cross_entropy`` does the same
+since 2.13, and gives the loss in the inputs' dtype: in bfloat16, three digits of it.)
 
 Shape suffixes: N response tokens, D width, V vocabulary.
 """
@@ -25,8 +26,8 @@ _AT_ONCE = 2**25
 class ResponseLoss(nn.Module):
     """A causal language model that returns the summed cross-entropy of a pack's response tokens.
 
-    Logits come a few rows at a time where the head is frozen and nothing follows it. A model may scale or cap them
-    behind its head: whether this one does is seen when it is first asked for logits, and until then they come at once.
+    Logits come a few rows at a time where nothing follows the head. A model may scale or cap them behind its head:
+    whether this one does is seen when it is first asked for logits, and until then they come at once.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,7 +48,7 @@ class ResponseLoss(nn.Module):
         """The same for given positions int64 [N] and the tokens that follow there."""
         head = self.model.get_output_embeddings()
         # Fewer rows than are made at once gain nothing.
-        if not self._head_is_last or head.weight.requires_grad or len(at) <= _rows_at_once(head):
+        if not self._head_is_last or len(at) <= _rows_at_once(head):
             return F.cross_entropy(self._call(batch, at).float(), targets_N, reduction="sum")
         with _summing(head, targets_N):
             return self._call(batch, at)
@@ -86,7 +87,9 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def _rows_at_once(head: nn.Linear) -> int:
-    return max(1, _AT_ONCE // head.out_features)
+    rows = max(1, _AT_ONCE // head.out_features)
+    # Every part adds to a gradient of the weight's size. So many rows, and their products take longer than that.
+    return max(rows, head.in_features // 4) if head.weight.requires_grad else rows
 
 
 @contextmanager
@@ -96,9 +99,7 @@ def _summing(head: nn.Linear, targets_N: Tensor) -> Iterator[None]:
 
     def forward(hidden_1ND: Tensor) -> Tensor:
         hidden_ND = hidden_1ND[0]
-        return cast(Tensor, FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, _rows_at_once(head)))[
-            None
-        ]
+        return cast(Tensor, HeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, _rows_at_once(head)))[None]
 
     before = head.__dict__.get("forward")
     head.forward = forward  # type: ignore[assignment, method-assign]
@@ -111,11 +112,12 @@ def _summing(head: nn.Linear, targets_N: Tensor) -> Iterator[None]:
             head.forward = before  # type: ignore[assignment, method-assign]
 
 
-class FrozenHeadLoss(torch.autograd.Function):
-    """Σ over rows of logsumexp(z) − z[target], z = W h + b, with W and b constant: ∂/∂h = Wᵀ (softmax(z) − onehot).
+class HeadLoss(torch.autograd.Function):
+    """Σ over rows of logsumexp(z) − z[target], z = W h + b: with e = softmax(z) − onehot, ∂/∂h = Wᵀ e, ∂/∂W = Σ e hᵀ.
 
-    The gradient is made on the way, as long as a row's logits are there, so that none is kept and backward needs no W.
-    Products are in the inputs' dtype, sums in float32 at least, as in ``F.cross_entropy(linear(h).float())``.
+    Gradients are made on the way, as long as a row's logits are there, so that none is kept and backward needs no W.
+    W's is made only where it trains, and serves one backward pass. Products are in the inputs' dtype, sums in float32
+    at least, as in ``F.cross_entropy(linear(h).float())``; the parts of W's gradient are added up in W's dtype.
     """
 
     @staticmethod
@@ -125,6 +127,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         """A scalar, float32 (float64 for float64). ``rows``: how many rows' logits are held at once."""
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         gradient_ND = torch.empty_like(hidden_ND)
+        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
+        gradient_VD = torch.zeros_like(weight_VD) if weight_trains else None
+        gradient_V = total.new_zeros(len(weight_VD)) if bias_trains else None
         for own_ND, targets, own_gradient in zip(
             hidden_ND.split(rows), targets_N.split(rows), gradient_ND.split(rows), strict=True
         ):
@@ -134,12 +139,21 @@ class FrozenHeadLoss(torch.autograd.Function):
             total += (normaliser - logits_NV.gather(1, column)).sum()
             excess_NV = logits_NV.sub_(normaliser).exp_()
             excess_NV.scatter_add_(1, column, excess_NV.new_full(column.shape, -1.0))
-            torch.mm(excess_NV.to(weight_VD.dtype), weight_VD, out=own_gradient)
-            del logits_NV, excess_NV  # before the next rows' are made
+            if gradient_V is not None:
+                gradient_V += excess_NV.sum(dim=0)
+            rounded_NV = excess_NV.to(weight_VD.dtype)
+            torch.mm(rounded_NV, weight_VD, out=own_gradient)
+            if gradient_VD is not None:
+                gradient_VD.addmm_(rounded_NV.mT, own_ND)
+            del logits_NV, excess_NV, rounded_NV  # before the next rows' are made
         ctx.save_for_backward(gradient_ND)
+        ctx.gradients = gradient_VD, None if gradient_V is None else gradient_V.to(weight_VD.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * upstream.to(gradient_ND.dtype), None, None, None, None
+        # In place, not to hold the largest one twice.
+        own = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
+        del ctx.gradients
+        return gradient_ND * upstream.to(gradient_ND.dtype), *own, None, None

@@ -178,10 +178,15 @@ class KernelProbe:
         number = {sequence: i for i, sequence in enumerate(sequences)}
         left = torch.tensor([number[sequence] for sequence in sequences_a], device=head.device)
         right = torch.tensor([number[sequence] for sequence in sequences_b], device=head.device)
-        found, own = pairs(left, right, False), pairs(left, left, True)
+        found = pairs(left, right, False)
+        if torch.equal(left, right):
+            own_squared, own_deviations = found.squared.diagonal(), found.deviations.diagonal(dim1=1, dim2=2)
+        else:
+            own = pairs(left, left, True)
+            own_squared, own_deviations = own.squared[:, 0], own.deviations[..., 0]
         return KernelSimilarity(
-            found.squared.cpu(), found.deviations.cpu(), found.by_layer.cpu(), own.squared[:, 0].cpu(),
-            own.deviations[..., 0].cpu(), probes=0 if exact else self.output_probes,
+            found.squared.cpu(), found.deviations.cpu(), found.by_layer.cpu(), own_squared.cpu(), own_deviations.cpu(),
+            probes=0 if exact else self.output_probes,
             jackknives=() if exact else tuple(jackknives(self.groups, self.output_probes)),
         )  # fmt: skip
 

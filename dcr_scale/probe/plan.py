@@ -155,12 +155,10 @@ def _products_sent(prompts: int, sender: int, shares: list[range], slices: int, 
     world_size, blocks = len(shares), groups if groups > 1 else 4
     estimate = 1 + sum(jackknives(groups, probes)) + slices - 1
     sent = 0
-    for columns in (prompts, 1):
-        cut = pair_blocks(prompts, columns, slices, blocks, probes, symmetric=columns == prompts)
-        for number, (rows, met) in enumerate(cut):
-            pairs = len(rows) * len(met)
-            if number % world_size == sender:
-                sent += (world_size - 1) * pairs * estimate * _DOUBLE
-            else:
-                sent += len(shares[sender]) * blocks * pairs * probes**2 * _DOUBLE
+    for number, (rows, met) in enumerate(pair_blocks(prompts, prompts, slices, blocks, probes, symmetric=True)):
+        pairs = len(rows) * len(met)
+        if number % world_size == sender:
+            sent += (world_size - 1) * pairs * estimate * _DOUBLE
+        else:
+            sent += len(shares[sender]) * blocks * pairs * probes**2 * _DOUBLE
     return sent

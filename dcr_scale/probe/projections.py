@@ -20,14 +20,14 @@ from torch import Tensor
 from dcr_scale.probe.philox import derive_key, signs
 
 # Parts of an input are of like norm only while they are wide and few.
-_MOST_STRIPS = 4
+_MOST_STRIPS = 8
 
 
 class Projections:
     """The signs of every unit's two projections: ``rank`` numbers a group, ``groups`` independent groups.
 
     ``cache_bytes``: matrices are kept, one byte an entry, until they take so much; beyond it they are drawn again at
-    each use. At 70 billion parameters, rank 32 and 4 groups all of them are 0.3 billion entries.
+    each use. At 70 billion parameters, rank 32 and 4 groups all of them are 0.4 billion entries.
 
     Shape suffixes: M rows, D width, s strips, G groups, c = rank / s rows of a group that read one strip.
     """

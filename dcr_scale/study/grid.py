@@ -22,6 +22,9 @@ _SECOND = (
     "dcr_layer_8",
     "dcr_layer_24",
     "dcr_answered",
+    "dcr_answered_more",
+    "stl_aug_more",
+    "stl_more",
     "dcr_toxic_third",
 )
 

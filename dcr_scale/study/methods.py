@@ -62,5 +62,11 @@ METHODS: dict[str, Method] = {
     ),
     "stl_above": Method("STL, the same layers alone", align={"lora.targets": _ABOVE}),
     "dcr_answered": Method("DCR, answered prompts in stage 2", contrast="mixed", answered=True),
+    # A quarter more examples, so that the answered prompts and more refusals cost no general example.
+    "dcr_answered_more": Method(
+        "DCR, answered prompts, 320 examples", contrast="mixed", align={"examples": 320}, answered=True
+    ),
+    "stl_aug_more": Method("STL-aug, 320 examples", align={"examples": 320}, answered=True),
+    "stl_more": Method("STL, 320 examples", align={"examples": 320}),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }

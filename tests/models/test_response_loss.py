@@ -1,4 +1,4 @@
-"""Stage 2's loss: a frozen head's comes without all logits at once, and is the plain one's in value and gradient."""
+"""Stage 2's loss: it comes without all logits at once, and is the plain one's in value and gradient."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dcr_scale.data.packing import Pack, pack
 from dcr_scale.models import attention, response_loss
-from dcr_scale.models.response_loss import FrozenHeadLoss, ResponseLoss
+from dcr_scale.models.response_loss import HeadLoss, ResponseLoss
 
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Three rows of logits at a time; the rows of each pass that came so, in order."""
     seen: list[int] = []
-    plain = FrozenHeadLoss.apply
+    plain = HeadLoss.apply
 
     def counted(hidden_ND, *rest):
         seen.append(len(hidden_ND))
         return plain(hidden_ND, *rest)
 
     monkeypatch.setattr(response_loss, "_AT_ONCE", 3 * VOCABULARY)
-    monkeypatch.setattr(FrozenHeadLoss, "apply", counted)
+    monkeypatch.setattr(HeadLoss, "apply", counted)
     return seen
 
 
@@ -47,45 +47,46 @@ def value_and_gradients(loss: ResponseLoss, batch: Pack) -> tuple[float, dict[st
     return value.item(), {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_frozen_heads_loss_is_the_plain_one_within_its_own_rounding(dtype: torch.dtype, bias: bool) -> None:
+def test_the_loss_in_parts_is_the_plain_one_within_its_own_rounding(
+    dtype: torch.dtype, bias: bool, trains: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((50, 16), (70, 16), (70,))]
-    hidden, weight, offset = (tensor.to(dtype) for tensor in exact)
+    rounded = [tensor.to(dtype) for tensor in exact[: 3 if bias else 2]]
     targets = torch.randint(70, (50,), generator=generator)
 
-    def run(loss, hidden: torch.Tensor, *head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden.detach().requires_grad_()
-        value = loss(hidden, *head)
+    def run(loss, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        hidden, *head = (tensor.detach().clone() for tensor in inputs)
+        for tensor in (hidden, *head) if trains else (hidden,):
+            tensor.requires_grad_()
+        value = loss(hidden, *head, *[None] * (2 - len(head)))
         (3 * value).backward()
-        return value.detach().double(), hidden.grad.double()
+        return [value.detach().double(), *(x.grad.double() for x in (hidden, *head) if x.requires_grad)]
 
     def plain(hidden: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         logits = F.linear(hidden, weight, offset)
-        return F.cross_entropy(logits if dtype == torch.float64 else logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
 
-    head = (weight, offset if bias else None)
-    ours = run(lambda *inputs: FrozenHeadLoss.apply(*inputs, targets, 7), hidden, *head)
-    theirs = run(plain, hidden, *head)
-    in_double = run(
-        lambda h, w, b: F.cross_entropy(F.linear(h, w, b), targets, reduction="sum"),
-        hidden.double(), weight.double(), offset.double() if bias else None,
-    )  # fmt: skip
+    ours = run(lambda *inputs: HeadLoss.apply(*inputs, targets, 7), rounded)
+    theirs = run(plain, rounded)
+    in_double = run(plain, [tensor.double() for tensor in rounded])
+    assert len(ours) == (2 if not trains else 4 if bias else 3)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for own, other, true in zip(ours, theirs, in_double, strict=True):
         error, plain_error = (own - true).norm(), (other - true).norm()
-        assert (
-            error
-            <= 2 * plain_error
-            + 4 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * true.norm()
-        )
+        # Eight parts of a weight's gradient are rounded where the plain one is once.
+        assert error <= 2 * plain_error + 4 * eps * true.norm()
 
 
-def test_a_models_loss_comes_in_parts_where_its_head_is_frozen(tmp_path, few_rows: list[int]) -> None:
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_a_models_loss_comes_in_parts(tmp_path, few_rows: list[int], trains: bool) -> None:
     folder = toy_checkpoint(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.SDPA, dtype=torch.float32)
     loss, batch = ResponseLoss(model), examples()
-    model.get_output_embeddings().weight.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(trains)
     before = value_and_gradients(loss, batch)
     assert few_rows == []
     loss(batch, torch.arange(4))
@@ -93,13 +94,11 @@ def test_a_models_loss_comes_in_parts_where_its_head_is_frozen(tmp_path, few_row
     assert few_rows == [int(batch.labels.ne(-100).sum())]
     assert after[0] == pytest.approx(before[0], rel=1e-6)
     assert after[1].keys() == before[1].keys()
+    assert ("model.lm_head.weight" in after[1]) == trains
     for name, gradient in before[1].items():
         torch.testing.assert_close(after[1][name], gradient, rtol=1e-4, atol=1e-5)
     # The head is a head again.
     assert loss(batch, torch.arange(4)).shape == (4, VOCABULARY)
-    model.get_output_embeddings().weight.requires_grad_(True)
-    assert "model.lm_head.weight" in value_and_gradients(loss, batch)[1]
-    assert len(few_rows) == 1
 
 
 def test_logits_that_a_model_caps_behind_its_head_are_not_taken_for_the_heads(few_rows: list[int]) -> None:
@@ -128,7 +127,7 @@ def aligned_losses(config: str, folder: str, at_once: int) -> tuple[list[float],
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: False),
         mock.patch.object(response_loss, "_AT_ONCE", at_once),
-        mock.patch.object(FrozenHeadLoss, "apply", side_effect=FrozenHeadLoss.apply) as parts,
+        mock.patch.object(HeadLoss, "apply", side_effect=HeadLoss.apply) as parts,
     ):
         Run(loaded, engines.start(loaded.engine)).run()
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -136,12 +135,15 @@ def aligned_losses(config: str, folder: str, at_once: int) -> tuple[list[float],
 
 
 @pytest.mark.slow
-def test_under_zero3_a_gathered_head_gives_the_same_losses_in_parts(tmp_path: Path, ranks: RankPool) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_under_zero3_a_gathered_head_gives_the_same_losses_in_parts(
+    tmp_path: Path, ranks: RankPool, method: str
+) -> None:
     settings = toy_settings(tmp_path, toy_checkpoint(tmp_path / "model"))
     settings["refine"] = None
     settings["look"] = {"enabled": False}
     settings["engine"]["persistence_threshold"] = 0
-    settings["align"] |= {"method": "lora", "examples": 12}
+    settings["align"] |= {"method": method, "examples": 12}
     config = str(write_config(tmp_path, settings))
     found = {}
     for at_once in (2**26, 3 * VOCABULARY):
