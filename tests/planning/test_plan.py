@@ -117,7 +117,7 @@ def test_logits_are_planned_as_they_are_made() -> None:
         needed[method] = found.kept + found.working
     at_once, gradient = 4 * 4 * _AT_ONCE, vocabulary * width * 2
     assert needed["lora"] < at_once
-    assert needed["lora"] + gradient / 2 < needed["full"] < at_once + gradient < vocabulary * responses * (2 + 4)
+    assert needed["lora"] < needed["full"] < at_once + gradient < vocabulary * responses * (2 + 4)
 
 
 @pytest.mark.parametrize("gpus", [32, 64])
