@@ -168,7 +168,7 @@ def _loaded(config: Config, stored: StoredModel, world: World) -> Iterator[PreTr
     runnable: Any = placement.runnable(model)
     yield model
     if placement.partitioned:
-        runnable.destroy()
+        engines.release(runnable)
 
 
 def _held_out_pairs(contrast: EncodedContrast, count: int) -> tuple[EncodedPrompts, list[list[int]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,6 +221,21 @@ def test_passes_without_gradients_may_come_first(start: Callable[..., engines.En
         assert engine.step(loss.item()).applied
         # A step of 0.1 on six weights and on three biases that count twice.
         expected -= 0.1 * (6 + 2 * 3)
+
+
+def test_a_closed_engine_leaves_nothing_for_the_next_stage_to_find(start: Callable[..., engines.Engine]) -> None:
+    """Nor in DeepSpeed's own lists and caches, of which the last fills when it knows the order of modules."""
+    engine = start(precision="fp32", persistence_threshold=0)
+    for _ in range(3):
+        loss = engine(1.0, 0.0)
+        engine.backward(loss)
+        engine.step(loss.item())
+    optimizer = engine._optimizer
+    left = [weakref.ref(x) for x in (engine.module, engine._engine, optimizer, *optimizer.fp32_partitioned_groups_flat)]
+    engine.close()
+    del engine, optimizer, loss
+    gc.collect()
+    assert [reference() for reference in left] == [None] * len(left)
 
 
 def test_a_module_without_trainable_parameters_is_refused(alone: None) -> None:
