@@ -18,7 +18,7 @@ from dcr_scale.runlog import duration
 from dcr_scale.study import pictures
 from dcr_scale.study.analysis import Curve, common_defence, curves, paired, rate, ratio
 from dcr_scale.study.command import read_records
-from dcr_scale.study.methods import METHODS
+from dcr_scale.study.methods import CLAIMED, METHODS
 from dcr_scale.study.verdict import perplexity_ratios, shown, verdict
 
 
@@ -68,8 +68,13 @@ def filled(text: str, blocks: Mapping[str, str]) -> str:
 
 
 def verdicts(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:
-    """DCR's goals: :func:`~dcr_scale.study.verdict.verdict`."""
-    return _table([("DCR", "measured", "holds"), *verdict(lines, records)])
+    """The goals of every kind of DCR that is claimed: :func:`~dcr_scale.study.verdict.verdict`."""
+    tables = [
+        _table([(METHODS[name].title, "measured", "holds"), *verdict(lines, records, name)])
+        for name in CLAIMED
+        if name in lines
+    ]
+    return "\n\n".join(tables)
 
 
 def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> str:
@@ -86,32 +91,38 @@ def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> s
 
 
 def along(lines: Mapping[str, Curve]) -> str:
-    """DCR by STL at single points of defence success."""
-    rows: list[tuple[str, ...]] = [("at defence", "seemingly toxic", "general")]
-    if "dcr" not in lines:
-        return _table(rows)
-    ours, theirs = paired(lines["dcr"], lines["stl"])
-    for defence in np.linspace(*common_defence(ours, theirs), 6) if ours.seeds else ():
-        at = np.array([defence])
-        with np.errstate(divide="ignore", invalid="ignore"):  # where STL refuses nothing
-            ratios = [
-                (ours.at(at, of_class=of) / theirs.at(at, of_class=of))[0] for of in ("seemingly_toxic", "general")
-            ]
-        rows.append((f"{defence:.2f}", *(f"{ratio:.2f}" for ratio in ratios)))
+    """Each claimed kind of DCR by STL at single points of defence success."""
+    rows: list[tuple[str, ...]] = [("method", "at defence", "seemingly toxic", "general")]
+    for name in CLAIMED:
+        if name not in lines:
+            continue
+        ours, theirs = paired(lines[name], lines["stl"])
+        for defence in np.linspace(*common_defence(ours, theirs), 6) if ours.seeds else ():
+            at = np.array([defence])
+            with np.errstate(divide="ignore", invalid="ignore"):  # where STL refuses nothing
+                ratios = [
+                    (ours.at(at, of_class=of) / theirs.at(at, of_class=of))[0] for of in ("seemingly_toxic", "general")
+                ]
+            rows.append((METHODS[name].title, f"{defence:.2f}", *(f"{ratio:.2f}" for ratio in ratios)))
     return _table(rows)
 
 
 def rivals(lines: Mapping[str, Curve]) -> str:
-    """DCR by every other method, where they defend equally well."""
-    rows: list[tuple[str, ...]] = [("DCR by", "seeds", "seemingly toxic", "general", "at defence")]
-    if "dcr" not in lines:
-        return _table(rows)
-    dcr = lines["dcr"]
-    for name, line in _in_order(lines):
-        if name != "dcr":
-            compared = shown(ratio(dcr, line)), shown(ratio(dcr, line, "general"))
-            rows.append((METHODS[name].title, _seeds(dcr, line), *compared, _range(dcr, line)))
-    return _table(rows)
+    """Each claimed kind of DCR by every other method, where they defend equally well."""
+    tables = []
+    for ours in CLAIMED:
+        if ours not in lines:
+            continue
+        rows: list[tuple[str, ...]] = [
+            (f"{METHODS[ours].title} by", "seeds", "seemingly toxic", "general", "at defence")
+        ]
+        dcr = lines[ours]
+        for name, line in _in_order(lines):
+            if name != ours:
+                compared = shown(ratio(dcr, line)), shown(ratio(dcr, line, "general"))
+                rows.append((METHODS[name].title, _seeds(dcr, line), *compared, _range(dcr, line)))
+        tables.append(_table(rows))
+    return "\n\n".join(tables)
 
 
 def points(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:

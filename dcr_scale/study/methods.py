@@ -70,3 +70,7 @@ METHODS: dict[str, Method] = {
     "stl_more": Method("STL, 320 examples", align={"examples": 320}),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }
+
+# What the goals are asked of: DCR as the paper has it, and the best that was found.
+CLAIMED = ("dcr", "dcr_answered_more")
+BASELINES = ("stl", "stl_aug", "surgical", "scans")

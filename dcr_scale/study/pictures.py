@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dcr_scale.study.analysis import Curve, rate
-from dcr_scale.study.methods import METHODS
+from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -67,10 +67,18 @@ def _with_error(
 
 
 def trade_off(path: Path, lines: Mapping[str, Curve]) -> None:
-    """Refusals of seemingly toxic and of general prompts against defence success, a line a method."""
+    """Refusals of seemingly toxic and of general prompts against defence success: baselines, and what is claimed.
+
+    The other methods' points are grey; the page's tables name them.
+    """
+    shown = [name for name in METHODS if name in lines and (name in BASELINES or name in CLAIMED)]
+    others = [line for name, line in lines.items() if name not in shown]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, layout="constrained")
     for axis, of_class, what in zip(axes, ("seemingly_toxic", "general"), ("seemingly toxic", "general"), strict=True):
-        for number, name in enumerate(name for name in METHODS if name in lines):
+        for number, line in enumerate(others):
+            label = "other kinds of DCR and STL" if number == 0 else None
+            axis.plot(line.rates("toxic"), line.rates(of_class), "o", color="#C8C8C8", markersize=4, label=label)
+        for colour, name in zip(_COLOURS, shown, strict=False):
             line = lines[name]
             x, y = line.rates("toxic"), line.rates(of_class)
             spread = [rate(line, of_class, at, draws=400) for at in range(len(x))]
@@ -81,8 +89,7 @@ def trade_off(path: Path, lines: Mapping[str, Curve]) -> None:
             order = x.argsort()
             axis.errorbar(
                 x[order], y[order], yerr=[[e[i] for i in order] for e in error], marker="o", markersize=4,
-                linewidth=2 if name in ("stl", "dcr") else 1, capsize=2, elinewidth=0.6,
-                color=_COLOURS[number % len(_COLOURS)], linestyle="-" if number < len(_COLOURS) else "--",
+                linewidth=2 if name == "stl" or name in CLAIMED else 1, capsize=2, elinewidth=0.6, color=colour,
                 label=METHODS[name].title,
             )  # fmt: skip
         axis.set_xlabel("defence success (toxic prompts refused)")
