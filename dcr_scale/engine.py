@@ -402,9 +402,12 @@ def inference_engine(module: nn.Module, settings: EngineConfig, world: World) ->
 def release(engine: Any) -> None:
     """Take a DeepSpeed engine's hooks off its module, and let both go when nothing else holds them."""
     engine.destroy()
-    # DeepSpeed 0.19.8 never takes a module that it has hooked off this list, and a cache on a method, which NVTX's
-    # decorator hides, keeps modules and with them masters and moments: the next stage would find no room.
-    parameter_offload.FWD_MODULE_STACK.remove(engine.module)
+    # DeepSpeed 0.19.8 never takes a module that it has hooked off this list, nor those in which a recomputed forward
+    # pass broke off, and a cache on a method, which NVTX's decorator hides, keeps modules too. With them go masters and
+    # moments: the next stage would find no room.
+    own = {id(module) for module in engine.module.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in own]
     wrapped = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for function in (wrapped, *(cell.cell_contents for cell in wrapped.__closure__ or ())):
         if hasattr(function, "cache_clear"):

@@ -13,6 +13,7 @@ import deepspeed
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcr_scale import engine as engines
 from dcr_scale.build_lock import remove_stale_lock
@@ -89,6 +90,17 @@ class Scalar(nn.Module):
         return ((self.weights + self.bias) * x).sum() + y
 
 
+class Recomputed(nn.Module):
+    """The same interface over layers whose activations are recomputed; that breaks off in the midst of the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+    def forward(self, x: float, y: float) -> Tensor:
+        return checkpoint(self.layers, torch.full((2, 3), x), use_reentrant=False).sum() + y
+
+
 def values(module: nn.Module) -> Tensor:
     with engines.whole(module.parameters()):
         return torch.cat([parameter.detach().float().flatten() for parameter in module.parameters()]).clone()
@@ -96,13 +108,13 @@ def values(module: nn.Module) -> Tensor:
 
 @pytest.fixture
 def start(alone: None) -> Callable[..., engines.Engine]:
-    """Builds an engine around a :class:`Scalar`; keywords are settings of the engine."""
+    """Builds an engine around a :class:`Scalar` or another module; keywords are settings of the engine."""
 
-    def build(**settings) -> engines.Engine:
+    def build(module: nn.Module | None = None, **settings) -> engines.Engine:
         config = EngineConfig(**settings)
         world = engines.start(config)
         optimizer = OptimizerConfig(lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
-        return engines.Engine(Scalar(), config, optimizer, steps=10, world=world)
+        return engines.Engine(module or Scalar(), config, optimizer, steps=10, world=world)
 
     return build
 
@@ -223,9 +235,12 @@ def test_passes_without_gradients_may_come_first(start: Callable[..., engines.En
         expected -= 0.1 * (6 + 2 * 3)
 
 
-def test_a_closed_engine_leaves_nothing_for_the_next_stage_to_find(start: Callable[..., engines.Engine]) -> None:
+@pytest.mark.parametrize("module", [Scalar, Recomputed])
+def test_a_closed_engine_leaves_nothing_for_the_next_stage_to_find(
+    start: Callable[..., engines.Engine], module: type[nn.Module]
+) -> None:
     """Nor in DeepSpeed's own lists and caches, of which the last fills when it knows the order of modules."""
-    engine = start(precision="fp32", persistence_threshold=0)
+    engine = start(module(), precision="fp32", persistence_threshold=0)
     for _ in range(3):
         loss = engine(1.0, 0.0)
         engine.backward(loss)
