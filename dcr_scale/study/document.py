@@ -211,11 +211,16 @@ def kernel(records: Sequence[Mapping[str, Any]]) -> str:
     for record in sorted(records, key=lambda r: (r["cell"]["method"], r["cell"]["seed"], r["cell"]["share"])):
         for stage, ends in record["probe"].items():
             for kind in sorted(key for key in ends["first"] if key.startswith("kernel/") and "stderr" not in key):
-                shown = [f"{ends[end][kind]:.3f} ± {ends[end][f'{kind}_stderr']:.3f}" for end in ("first", "last")]
+                shown = [_with_error(ends[end][kind], ends[end][f"{kind}_stderr"]) for end in ("first", "last")]
                 name = METHODS[record["cell"]["method"]].title
                 rows.append((name, str(record["cell"]["seed"]), stage, kind.removeprefix("kernel/"), *shown))
     # All shares of a seed have one stage 1.
     return _table(list(dict.fromkeys(rows)))
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    """A dash where the estimates of the prompts' own kernels were not positive."""
+    return "–" if value is None or error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def setting(records: Sequence[Mapping[str, Any]], suites: Mapping[str, Any]) -> str:

@@ -169,11 +169,12 @@ def test_the_verdict_says_what_the_error_bars_decide() -> None:
     before, between = [0.7, 0.8, 0.9, None], [0.4, 0.5, 0.61, 0.5]
     dcr = probed_record("dcr", ("refine", before, between), ("align", between, [0.9, 0.6, 0.8, 0.1]))
     other_share = {**dcr, "cell": {"method": "dcr", "share": 0.25, "seed": 0}}
-    fallen, stayed, stl = _kernel([dcr, other_share, probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))])
+    stl_record = probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))
+    fallen, stayed, stl = _kernel([dcr, other_share, stl_record], "dcr")
     assert fallen[1:] == ("-0.297 ± 0.003", "yes")
     assert stayed[2] == "open"
     assert stl[1:] == ("+0.103 ± 0.003", "yes")
-    assert [said for _, _, said in _kernel([])] == ["not measured"] * 3
+    assert [said for _, _, said in _kernel([], "dcr")] == ["not measured"] * 3
 
 
 def test_a_study_of_our_own_prompts_leaves_out_what_needs_others(study: Study) -> None:
