@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Raised whenever a seed would give other numbers than before: sketches of two versions must not be mixed.
+# Raised whenever a key would give other numbers than before.
 VERSION = 1
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -95,7 +95,7 @@ class SketchSink(Sink):
         """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [M, s, G, c]."""
         groups, rank = self.projections.groups, self.projections.rank
         slots = len(delta) // layout.tokens
-        # A group's rows lie strip by strip next to each other: the first of them are a smaller rank's.
+        # Rows take turns among the strips, so that the first ones of a projection are those of a smaller rank.
         if layout.cu_seqlens is not None and delta.is_cuda:
             # Groups as further segments: one launch for all of them.
             ends = layout.cu_seqlens * slots
