@@ -54,11 +54,13 @@ class Aligned:
 def encode_mixture(
     mixture: list[Instruction], encoder: ChatEncoder, settings: AlignConfig, world_size: int
 ) -> tuple[list[Instruction], list[EncodedExample]]:
-    """The mixture without the prompts that are too long, where those are dropped, and the same in token ids.
+    """The mixture without the prompts that are too long, where those are dropped, and without those that the model is
+    yet to answer; and the same in token ids.
 
     Raises UserError where one is too long and ``data.overlong`` says so, and where a batch cannot give every rank an
     example.
     """
+    mixture = [example for example in mixture if example.response]
     fits = encoder.encode_prompts([example.prompt for example in mixture], "stage 2's prompts")
     kept, examples = [], []
     for instruction, ids in zip(mixture, fits, strict=True):

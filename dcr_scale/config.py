@@ -55,7 +55,8 @@ class Columns:
 @dataclass
 class Source:
     """Where prompts come from: ``builtin``, a JSONL, CSV or Parquet file, or ``hub:owner/name``. In ``data.contrast``
-    also ``general``: the prompts of ``data.general`` that are trained on."""
+    also ``general``: the prompts of ``data.general`` that are trained on. In ``data.answered`` also ``own``: seemingly
+    toxic prompts of ``data.contrast`` that are trained on, with the model's own answers from before it is trained."""
 
     path: str = setting("builtin", "builtin, a .jsonl, .csv or .parquet file, or hub:owner/name")
     split: str = setting("train", "split of a Hub data set")
@@ -78,7 +79,8 @@ class DataConfig:
     contrast: list[ContrastSource] = setting(lambda: [ContrastSource()], "stage 1's prompts, both classes")
     general: list[Source] = setting(lambda: [Source()], "general instructions with answers")
     refusals: list[Source] = setting(lambda: [Source()], "toxic prompts with refusals, for stage 2")
-    answered: list[Source] = setting(list, "seemingly toxic prompts with answers, for stage 2 (STL-aug); [] is none")
+    answered: list[Source] = setting(list, "seemingly toxic prompts with answers, for stage 2; [] is none")
+    answer_tokens: int = setting(64, "of an answer of the model's own (path: own), cut after a sentence", at_least=8)
     heldout: float = setting(0.2, "share of each class kept out of training, by whole families", above=0, at_most=0.5)
     heldout_limit: int = setting(400, "at most so many held-out prompts a class", at_least=1)
     max_prompt_tokens: int = setting(256, "longest prompt, chat template included", at_least=8)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -165,10 +164,8 @@ def _loaded(config: Config, stored: StoredModel, world: World) -> Iterator[PreTr
     model = placement.load(stored, config.model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    runnable: Any = placement.runnable(model)
-    yield model
-    if placement.partitioned:
-        engines.release(runnable)
+    with placement.running(model):
+        yield model
 
 
 def _held_out_pairs(contrast: EncodedContrast, count: int) -> tuple[EncodedPrompts, list[list[int]]]:

@@ -1,4 +1,4 @@
-"""One run from end to end: look, refine, look, align, look, and a summary.
+"""One run from end to end: answers, look, refine, look, align, look, and a summary.
 
 :class:`Run` reads as the run goes. Each stage leaves a complete checkpoint, from which the next one starts.
 """
@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dcr_scale.models.lora import LowRankDelta, lora_deltas
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_skeleton, read_config
+from dcr_scale.own_answers import answered_by, write_answers
 from dcr_scale.refine import Refiner, check_layer, contrast_sampler
 from dcr_scale.report import write_report
 from dcr_scale.resume.checkpoints import StageCheckpoints
@@ -112,6 +114,8 @@ class Run:
         skeleton = build_skeleton(self.model_config, trust_remote_code=config.model.trust_remote_code)
         self.parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         self.skeleton = skeleton
+        # The model's own answers, where it has been asked.
+        self.own: list[Instruction] = []
         self.looks: dict[str, Look] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -128,6 +132,8 @@ class Run:
                 return finished
             self._announce()
             model = self._open(self.source)
+            if self.data.asked:
+                self._answer(model)
             if self.config.refine is not None and self.config.refine.layer == "auto":
                 self._choose_layer(model, self.config.refine)
             self._look("before", model)
@@ -141,6 +147,22 @@ class Run:
             return self._summarise()
 
     # --- the stages --------------------------------------------------------------------------------------------
+
+    def _answer(self, model: StoredModel) -> None:
+        """Have the model answer some of its prompts while it is as it came; stage 2's examples are complete then.
+
+        Raises UserError where it answers fewer than stage 2 wants.
+        """
+        if not self.progress.done("answers"):
+            began = self._begin("answers")
+            self.own = answered_by(model, self.data.asked, self.encoder, self.config, self.world)
+            with self.world.agreed(path := self.config.run.folder / "answered.jsonl"):
+                if self.world.first:
+                    write_answers(path, self.own)
+            self.facts["answers"] = {"asked": len(self.data.asked), "answered": len(self.own)}
+            self._finish("answers", began)
+        self.data = load_data(self.config, self.own)
+        self._encode_examples()
 
     def _choose_layer(self, model: StoredModel, settings: RefineConfig) -> None:
         """Put a number in the place of ``refine.layer: auto``, for everything that follows."""
@@ -229,8 +251,7 @@ class Run:
         config = self.config
         self.contrast = encode_contrast(self.data.contrast, self.encoder)
         self.retained: list[list[int]] = []
-        self.mixture: list[Instruction] = []
-        self.examples: list[EncodedExample] = []
+        self._encode_examples()
         self.looker: Looker | None = None
         self.probe: TrainingProbe | None = None
         if config.refine is not None:
@@ -243,10 +264,6 @@ class Run:
                 self.retained = [ids for ids in encoded if ids is not None]
                 drawn.append((self.retained, config.refine.retention.batch_size))
             self.folder.shares["refine"] = self._share(drawn)
-        if config.align is not None:
-            self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, config.align, self.world.size)
-            ids = [example.ids for example in self.examples]
-            self.folder.shares["align"] = self._share([(ids, min(config.align.batch_size, len(ids)))])
         if config.probe.every:
             general = [instruction.prompt for instruction in self.data.general.heldout]
             general = general[: max(config.probe.pairs, config.probe.prompts)]
@@ -258,7 +275,18 @@ class Run:
                 config, self.model_config, self.tokenizer, self.encoder, self.contrast.heldout,
                 self.data.general.heldout, self.world,
             )  # fmt: skip
-            self.folder.answered = -(-len(self.looker.asked) // self.world.size)
+        asked = max(len(self.data.asked), len(self.looker.asked) if self.looker is not None else 0)
+        self.folder.answered = -(-asked // self.world.size)
+
+    def _encode_examples(self) -> None:
+        """Stage 2's, but for those that the model is yet to answer."""
+        self.mixture: list[Instruction] = []
+        self.examples: list[EncodedExample] = []
+        align = self.config.align
+        if align is not None:
+            self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, align, self.world.size)
+            ids = [example.ids for example in self.examples]
+            self.folder.shares["align"] = self._share([(ids, min(align.batch_size, len(ids)))])
 
     def _share(self, drawn: Sequence[tuple[Sequence[Sequence[int]], int]]) -> Share:
         """A rank's part of a step that draws so many out of each list of sequences."""
@@ -274,6 +302,7 @@ class Run:
         kept = progress.kept
         self.facts, self.seconds, self.memory = (kept.get(name, {}) for name in ("facts", "seconds", "memory"))
         self.looks = {name: Look.from_tree(tree) for name, tree in kept.get("looks", {}).items()}
+        self.own = [Instruction(**tree) for tree in kept.get("own_answers", [])]
         if self.looker is not None:
             self.looker.done = tuple(self.looks)
         if self.probe is not None:
@@ -287,6 +316,8 @@ class Run:
         sides = (self.data.contrast.train, self.data.contrast.heldout)
         contrast = [(prompt.label, prompt.pair, prompt.text) for side in sides for prompt in side]
         data = [contrast, self.retained, [example.ids for example in self.examples]]
+        if self.data.asked:
+            data.append([one.prompt for one in self.data.asked])
         source = Checkpoint.open(self.source, allow_pickle=self.config.model.allow_pickle)
         return {
             "settings": self.asked,
@@ -312,6 +343,7 @@ class Run:
             "seconds": self.seconds,
             "memory": self.memory,
             "probe": self.probe.state() if self.probe is not None else {},
+            "own_answers": [asdict(one) for one in self.own],
         }
         self.folder.finish(part, kept, checkpoints)
 

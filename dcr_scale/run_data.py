@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from dcr_scale.config import Config, Label
-from dcr_scale.data.contrast import ContrastSet, load_contrast
+from dcr_scale.data.contrast import GENERAL, ContrastSet, load_contrast
 from dcr_scale.data.instructions import (
+    OWN,
     Instruction,
     InstructionSet,
     build_mixture,
@@ -16,25 +18,41 @@ from dcr_scale.data.instructions import (
     load_refusals,
 )
 from dcr_scale.data.leakage import check_leakage
+from dcr_scale.data.splitting import normalised
+from dcr_scale.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads but the model: ``mixture`` is stage 2's training examples, none where there is no stage 2."""
+    """What a run reads but the model.
+
+    Attributes:
+        mixture: stage 2's training examples, none where there is no stage 2. As long as the model has not been asked,
+            prompts of ``asked`` stand among them without a response.
+        asked: what the model is to answer before it is trained, without responses.
+    """
 
     contrast: ContrastSet
     general: InstructionSet
     mixture: list[Instruction]
+    asked: list[Instruction]
 
 
-def load_data(config: Config) -> RunData:
-    """Read, split and mix. Raises UserError for sources that cannot be used, and stages that share toxic prompts."""
+def load_data(config: Config, own: Sequence[Instruction] | None = None) -> RunData:
+    """Read, split and mix.
+
+    Args:
+        own: the model's own answers, where the configuration asks for some; None: it has not been asked yet.
+
+    Raises UserError for sources that cannot be used, stages that share toxic prompts, and too few examples.
+    """
     seed = config.run.seed
     contrast, general = load_contrast(config.data, seed), load_general(config.data, seed)
     if config.align is None:
-        return RunData(contrast, general, [])
+        return RunData(contrast, general, [], [])
     refusals = load_refusals(config.data, seed)
-    answered = load_answered(config.data, seed)
+    asked = _asked(config, contrast)
+    answered = [*load_answered(config.data, seed), *(asked if own is None else own)]
     check_leakage(contrast, refusals, answered)
     mixture = build_mixture(
         general.train,
@@ -45,7 +63,18 @@ def load_data(config: Config) -> RunData:
         answered_share=config.align.answered_share,
         seed=seed,
     )
-    return RunData(contrast, general, mixture)
+    return RunData(contrast, general, mixture, asked)
+
+
+def _asked(config: Config, contrast: ContrastSet) -> list[Instruction]:
+    """The prompts of the source ``own``: a random sample, as the training side is in seeded order."""
+    sources = [source for source in config.data.answered if source.path == OWN]
+    if not sources:
+        return []
+    if len(sources) > 1:
+        raise UserError("data.answered: the source own is there twice; give it once, with the limit of both")
+    mine = [p for p in contrast.train if p.label == "seemingly_toxic" and p.source != GENERAL]
+    return [Instruction(p.text, "", False, normalised(p.text), OWN, p.where) for p in mine[: sources[0].limit]]
 
 
 def describe(config: Config) -> str:
@@ -62,6 +91,8 @@ def describe(config: Config) -> str:
             f"seemingly toxic and {sides['toxic']} toxic ones ({len(data.contrast.heldout)} held out) -> "
             f"{config.run.folder / 'refined'}"
         )
+    if data.asked:
+        lines.append(f"answers: the model's own to {len(data.asked)} seemingly toxic prompts, for stage 2")
     if config.align is not None:
         lines.append(
             f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "

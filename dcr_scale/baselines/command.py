@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale.baselines import scans, surgical
-from dcr_scale.baselines.answered import own_answers
 from dcr_scale.baselines.prompts import Name, read_prompts, read_set
 from dcr_scale.baselines.scores import Fitted
 from dcr_scale.config import EngineConfig, ModelConfig
@@ -23,6 +22,7 @@ from dcr_scale.data.splitting import seeded_order
 from dcr_scale.errors import UserError
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import read_config
+from dcr_scale.own_answers import own_answers
 from dcr_scale.runlog import configure_console, duration, finite
 from dcr_scale.world import World, cannot_write, device_name, from_environment, versions
 

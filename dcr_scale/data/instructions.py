@@ -13,10 +13,14 @@ from dcr_scale.data.sources import listed, read_rows
 from dcr_scale.data.splitting import draw, normalised, seeded_order, shared_prompts, split_by_family
 from dcr_scale.errors import UserError
 
+# The source of answered prompts that is the model itself.
+OWN = "own"
+
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt with its answer; ``refusal`` says that the answer declines and the prompt is toxic."""
+    """A prompt with its answer; ``refusal`` says that the answer declines and the prompt is toxic. An empty response is
+    still to be given by the model that will be trained."""
 
     prompt: str
     response: str
@@ -45,8 +49,11 @@ def load_refusals(data: DataConfig, seed: int) -> InstructionSet:
 
 
 def load_answered(data: DataConfig, seed: int) -> tuple[Instruction, ...]:
-    """Read ``data.answered``, all to train on: held-out contrast prompts show their effect. Raises UserError."""
-    return tuple(_read(data.answered, "general", seed))
+    """Read ``data.answered``, all to train on: held-out contrast prompts show their effect. Raises UserError.
+
+    The source ``own`` is left out: the run makes it (:mod:`dcr_scale.own_answers`).
+    """
+    return tuple(_read([source for source in data.answered if source.path != OWN], "general", seed))
 
 
 def _load(

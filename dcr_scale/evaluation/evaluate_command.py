@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
@@ -178,9 +178,6 @@ class Evaluation:
             world=world,
         )
         model = placement.load(stored, config.model)
-        if (self.source / "generation_config.json").exists():
-            # Says which tokens end an answer.
-            model.generation_config = GenerationConfig.from_pretrained(self.source)
         # The engine's hooks gather for the module's own passes.
         placement.runnable(model)
         return model, placement.partitioned

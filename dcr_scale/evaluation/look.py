@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dcr_scale import engine as engines
 from dcr_scale.config import Config, Label
@@ -138,10 +138,11 @@ class Looker:
         rows_ND = self._activations(stored, placement)
         found = separation(rows_ND[: len(self.contrast.ids)], self.contrast.prompts)
         self._draw_map(name, rows_ND)
-        model, run = self._load(stored, placement)
-        perplexity = self._perplexity(run)
-        model.set_attn_implementation("sdpa")
-        answers = by_class(self._answers(name, model, placement.partitioned))
+        model = placement.load(stored, self.config.model)
+        with placement.running(ResponseLoss(model)) as run:
+            perplexity = self._perplexity(run)
+            model.set_attn_implementation("sdpa")
+            answers = by_class(self._answers(name, model, placement.partitioned))
         return Look(found, self.layer, {of: Rates.of(own) for of, own in answers.items()}, perplexity)
 
     # --- what is measured --------------------------------------------------------------------------------------
@@ -161,15 +162,15 @@ class Looker:
         trunk = placement.build(build)
         prefix = trunk.name_prefix(stored.tensor_map)
         load_verified(trunk.decoder, stored.checkpoint, stored.tensor_map, self.world, prefix=prefix)
-        run = placement.runnable(trunk)
-        return pooled_activations(
-            run,
-            [*self.contrast.ids, *(question.ids for question in self.general)],
-            prefix=self.prefix,
-            pooling=self.pooling,
-            token_limit=_TOKENS_AT_ONCE,
-            world=self.world,
-        )
+        with placement.running(trunk) as run:
+            return pooled_activations(
+                run,
+                [*self.contrast.ids, *(question.ids for question in self.general)],
+                prefix=self.prefix,
+                pooling=self.pooling,
+                token_limit=_TOKENS_AT_ONCE,
+                world=self.world,
+            )
 
     def _draw_map(self, name: str, rows_ND: Tensor) -> None:
         path = self.config.run.folder / "look" / "activations.json"
@@ -256,8 +257,6 @@ class Looker:
             raise UserError(f"held-out general prompts: none leaves room for an answer within {limit} tokens")
         return examples
 
-    # --- the model ---------------------------------------------------------------------------------------------
-
     @property
     def layer(self) -> int:
         if self.config.look.layer is not None:
@@ -265,14 +264,6 @@ class Looker:
         if self.config.refine is not None:
             return self.config.refine.chosen_layer
         return max(1, round(0.4 * self.layers))
-
-    def _load(self, stored: StoredModel, placement: Placement) -> tuple[PreTrainedModel, nn.Module]:
-        """The model, for generation, and a callable that gives a pack's summed loss."""
-        model = placement.load(stored, self.config.model)
-        folder = stored.checkpoint.folder
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model, placement.runnable(ResponseLoss(model))
 
 
 def table(looks: Mapping[str, Look]) -> str:

@@ -48,7 +48,8 @@ def trained_on(given: str | None, model: Path) -> TrainedOn:
 
 
 def training_prompts(run: Config) -> Mapping[str, list[str]]:
-    """Texts of each set that the run saw, by the set's name: ``data.contrast``, ``data.general``, ``data.refusals``.
+    """Texts of each set that the run saw, by the set's name: ``data.contrast``, ``data.general``, ``data.refusals``,
+    ``data.answered`` where the model answered prompts itself.
 
     Held-out contrast prompts are among them: they choose when stage 1 stops. Paths are read from where this is started.
     Raises UserError where a source cannot be read any more.
@@ -63,4 +64,7 @@ def training_prompts(run: Config) -> Mapping[str, list[str]]:
     for name, refusal in (("data.general", False), ("data.refusals", True)):
         if mixed := [instruction.prompt for instruction in data.mixture if instruction.refusal == refusal]:
             found[name] = [*found.get(name, []), *mixed]
+    # Which of them the model answered, and so was trained on, the configuration does not say.
+    if data.asked:
+        found["data.answered"] = [instruction.prompt for instruction in data.asked]
     return found

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dcr_scale import engine as engines
 from dcr_scale.config import EngineConfig, ModelConfig
@@ -108,14 +109,26 @@ class Placement:
         return build().to(self.world.device).eval()
 
     def load(self, stored: StoredModel, model: ModelConfig) -> PreTrainedModel:
-        """The whole causal language model with the checkpoint's weights."""
+        """The whole causal language model with the checkpoint's weights and its generation settings."""
         built = self.build(
             lambda: build_model(
                 stored.config, attention=self.attention, dtype=self.dtype, trust_remote_code=model.trust_remote_code
             )
         )
         load_verified(built, stored.checkpoint, stored.tensor_map, self.world)
+        folder = stored.checkpoint.folder
+        if (folder / "generation_config.json").exists():
+            # Says which tokens end an answer.
+            built.generation_config = GenerationConfig.from_pretrained(folder)
         return built
+
+    @contextmanager
+    def running(self, module: nn.Module) -> Iterator[nn.Module]:
+        """:meth:`runnable` for a while; what ZeRO-3 holds of the module is let go then."""
+        run: Any = self.runnable(module)
+        yield run
+        if self.partitioned:
+            engines.release(run)
 
     def runnable(self, module: nn.Module) -> nn.Module:
         """A callable that runs the filled module's passes: itself, or an engine that gathers what they need."""

@@ -124,15 +124,18 @@ def _measured(config: Config, folder: Path) -> Lengths:
     found = [
         encoder.encode_example(example.prompt, example.response, max_tokens=config.align.max_tokens)
         for example in data.mixture
-        if config.align is not None
+        if config.align is not None and example.response
     ]
     examples = [example for example in found if example is not None]
+    # The model has yet to answer these; few answers are shorter than the limit.
+    asked = own([example.prompt for example in data.mixture if not example.response], "prompts to answer")
+    answer = config.data.answer_tokens
     return Lengths(
         prefix,
         own([prompt.text for prompt in data.contrast.train], "contrast prompts"),
         own([instruction.prompt for instruction in data.general.train[:kept]], "general prompts"),
-        tuple(len(example.ids) - prefix for example in examples),
-        tuple(len(example.ids) - example.response_start for example in examples),
+        (*(len(example.ids) - prefix for example in examples), *(length + answer for length in asked)),
+        (*(len(example.ids) - example.response_start for example in examples), *(answer for _ in asked)),
         "the run's own data and tokenizer",
     )
 

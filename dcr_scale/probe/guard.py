@@ -145,5 +145,6 @@ def _gathered(parameter: Any) -> bool:
 
 def _implementation(current: str, packed: bool, device: torch.device, dtype: torch.dtype) -> str:
     if packed:
-        return attention.choose("auto", device, dtype)
+        # What the run was told to use stays: another kernel rounds otherwise, and may be what the user avoids.
+        return current if current in _OURS else attention.choose("auto", device, dtype)
     return "sdpa" if current in _OURS else current

@@ -45,7 +45,7 @@ FREE = (
 # What a run makes in its folder, by glob patterns; a fresh start removes it. The others are written over at once.
 _MADE = (
     FILE, "checkpoints", "refined", "aligned", "adapter", "look", "metrics.jsonl", "summary.json", "report.html",
-    "kernel_similarity.json", "proposition.json", "profile", "tensorboard", "wandb",
+    "answered.jsonl", "kernel_similarity.json", "proposition.json", "profile", "tensorboard", "wandb",
     # What a killed one was building, or had put aside for a moment.
     "retention-*.bin",
     *(f"{name}.{state}" for name in ("refined", "aligned", "adapter") for state in ("partial", "replaced")),

@@ -36,7 +36,7 @@ class RunFolder:
 
     Attributes:
         shares: by stage, what a step gives to a rank; a run that runs out of memory then knows what would be less.
-        answered: prompts that a look has a rank answer, for the same purpose.
+        answered: prompts that a look, or the part before the stages, has a rank answer, for the same purpose.
         progress: which parts of the run are done.
         status: what ``status.json`` says.
         runlog: the run's metrics.
@@ -142,12 +142,15 @@ class RunFolder:
     def _helps(self) -> str:
         """The three settings that save most memory in the part that ran out of it, each less than what is in use."""
         config, helps = self.config, []
-        if self.part.startswith("look"):
+        if self.part.startswith("look") or self.part == "answers":
             look = config.look
             if look.partitioned != "yes":
                 helps.append("look.partitioned=yes")
-            used = {"batch_size": min(look.batch_size, self.answered), "max_new_tokens": look.max_new_tokens}
-            helps += [f"look.{key}={count // 2}" for key, count in used.items() if count > 1]
+            limit = ("data.answer_tokens", config.data.answer_tokens)
+            if self.part != "answers":
+                limit = ("look.max_new_tokens", look.max_new_tokens)
+            used = dict([("look.batch_size", min(look.batch_size, self.answered)), limit])
+            helps += [f"{key}={count // 2}" for key, count in used.items() if count > 1]
         else:
             # What is left measures, or writes what stage 2 has trained.
             key = self.part if self.part in ("refine", "align") else "probe"

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dcr_scale import baselines, typed_yaml
 from dcr_scale.baselines import command as baseline_command
-from dcr_scale.baselines.answered import own_answers
 from dcr_scale.baselines.prompts import Name
 from dcr_scale.config import Config, DataConfig, Label, ModelConfig
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
@@ -36,6 +35,7 @@ from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.perplexity import perplexity
 from dcr_scale.models.cache import build_once
 from dcr_scale.models.checkpoint import Checkpoint, resolve
+from dcr_scale.own_answers import own_answers
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
 from dcr_scale.study.grid import SHARES, Cell, probed
@@ -61,7 +61,6 @@ class Study:
         records: folder of the finished cells' records.
         work: folder of the checkpoints, which may be thrown away.
         max_new_tokens: of an answer; refusals show early.
-        answered: seemingly toxic prompts with answers in STL-aug's stage 2.
     """
 
     base: Config
@@ -70,7 +69,6 @@ class Study:
     work: Path
     max_new_tokens: int = 32
     batch_size: int = 64
-    answered: int = 32
 
     def record(self, cell: Cell) -> Path:
         return self.records / f"{cell.name}.json"
@@ -108,7 +106,7 @@ class Study:
             used["contrast"] = self.data.contrast["without_general"]
             used["fit"] = _FIT[method.steering]
         if method.answered:
-            used["answered"] = [self.answered, self.data.contrast["without_general"]]
+            used["answered"] = [method.answered, self.data.contrast["without_general"]]
         # How memory is spent and what is written besides change no model.
         used["align"]["lora"].pop("export")
         return _digest(used)
@@ -245,7 +243,7 @@ class Study:
                 Config, None, [f"data.answered=[{{path: {json.dumps(str(self._answers(cell)))}}}]"]
             ).data.answered
             assert config.align is not None
-            config.align.answered_share = self.answered / cast(int, config.align.examples)
+            config.align.answered_share = method.answered / cast(int, config.align.examples)
         summary = run(config)
         facts["align"], facts["seconds"]["align"] = summary["align"], summary["seconds"]["align"]
         facts["probe"].update(_probed(partial, summary, "align"))
@@ -256,13 +254,13 @@ class Study:
 
         def build(partial: Path) -> None:
             mine = [prompt.text for prompt in self._contrast(cell) if prompt.label == "seemingly_toxic"]
-            prompts = mine[: 2 * self.answered]
+            wanted = METHODS[cell.method].answered
+            prompts = mine[: 2 * wanted]
             model, encoder = _load(resolve(self.base.model))
-            rows = own_answers(model, encoder, prompts, max_new_tokens=64)[: self.answered]
-            if len(rows) < self.answered:
-                raise UserError(
-                    f"only {len(rows)} of {len(prompts)} prompts are answered; STL-aug needs {self.answered}"
-                )
+            rows = own_answers(model, encoder, prompts, max_new_tokens=64)[:wanted]
+            if len(rows) < wanted:
+                title = METHODS[cell.method].title
+                raise UserError(f"only {len(rows)} of {len(prompts)} prompts are answered; {title} needs {wanted}")
             (partial / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
         return (

@@ -23,6 +23,7 @@ _SECOND = (
     "dcr_layer_24",
     "dcr_answered",
     "dcr_answered_more",
+    "dcr_answered_twice",
     "stl_aug_more",
     "stl_more",
     "dcr_toxic_third",

@@ -16,7 +16,7 @@ class Method:
         contrast: the recipe of stage 1's prompts (:class:`dcr_scale.study.data.StudyData`); None: no stage 1.
         refine: what it changes in the configuration's ``refine``, by dotted key.
         align: the same in ``align``.
-        answered: stage 2 also sees seemingly toxic prompts with answers.
+        answered: seemingly toxic prompts with answers among stage 2's examples.
         steering: an inference-time method on the model of plain safety tuning (STL).
     """
 
@@ -24,7 +24,7 @@ class Method:
     contrast: str | None = None
     refine: Mapping[str, Any] = field(default_factory=dict)
     align: Mapping[str, Any] = field(default_factory=dict)
-    answered: bool = False
+    answered: int = 0
     steering: Literal["surgical", "scans"] | None = None
 
 
@@ -40,7 +40,7 @@ _ABOVE = [
 
 METHODS: dict[str, Method] = {
     "stl": Method("STL"),
-    "stl_aug": Method("STL-aug", answered=True),
+    "stl_aug": Method("STL-aug", answered=32),
     "surgical": Method("Surgical", steering="surgical"),
     "scans": Method("SCANS", steering="scans"),
     "dcr": Method("DCR", contrast="mixed"),
@@ -61,12 +61,16 @@ METHODS: dict[str, Method] = {
         "DCR, 180 steps, stage 2 above ℓ alone", contrast="mixed", refine={"steps": 180}, align={"lora.targets": _ABOVE}
     ),
     "stl_above": Method("STL, the same layers alone", align={"lora.targets": _ABOVE}),
-    "dcr_answered": Method("DCR, answered prompts in stage 2", contrast="mixed", answered=True),
+    "dcr_answered": Method("DCR, 32 answered prompts", contrast="mixed", answered=32),
     # A quarter more examples, so that the answered prompts and more refusals cost no general example.
     "dcr_answered_more": Method(
-        "DCR, answered prompts, 320 examples", contrast="mixed", align={"examples": 320}, answered=True
+        "DCR, 32 answered prompts, 320 examples", contrast="mixed", align={"examples": 320}, answered=32
     ),
-    "stl_aug_more": Method("STL-aug, 320 examples", align={"examples": 320}, answered=True),
+    # As many general examples again, and twice the answered ones.
+    "dcr_answered_twice": Method(
+        "DCR, 64 answered prompts, 416 examples", contrast="mixed", align={"examples": 416}, answered=64
+    ),
+    "stl_aug_more": Method("STL-aug, 320 examples", align={"examples": 320}, answered=32),
     "stl_more": Method("STL, 320 examples", align={"examples": 320}),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }

@@ -13,9 +13,8 @@ import torch
 from toy import REPOSITORY, contrast_rows, general_rows, toy_checkpoint, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcr_scale import baselines
-from dcr_scale.baselines import answered, command
-from dcr_scale.baselines.answered import whole_sentences
+from dcr_scale import baselines, own_answers
+from dcr_scale.baselines import command
 from dcr_scale.baselines.prompts import Name, read_prompts
 from dcr_scale.baselines.scans import Scans
 from dcr_scale.baselines.surgical import Surgical
@@ -27,6 +26,7 @@ from dcr_scale.errors import UserError
 from dcr_scale.evaluation import refusal_probability
 from dcr_scale.evaluation.completions import judged
 from dcr_scale.evaluation.generation import completions
+from dcr_scale.own_answers import whole_sentences
 from dcr_scale.world import World
 
 
@@ -136,12 +136,12 @@ def test_own_answers_are_what_the_judge_takes_for_answers(
     whole = "Let the loaf cool for an hour, then cut thin slices with a serrated knife."
     said = [cut, "I'm sorry, but I can't help with that.", "Hold the loaf firmly and slice it with", whole]
 
-    def pretend(model, encoder, suites, *, max_new_tokens):
+    def pretend(model, encoder, suites, **_):
         """A toy says nothing that a judge could read."""
         pairs = zip(suites["own"], said, strict=True)
         return SimpleNamespace(answers={"own": [judged(prompt, text, text is whole) for prompt, text in pairs]})
 
-    monkeypatch.setattr(answered, "evaluate_suites", pretend)
+    monkeypatch.setattr(own_answers, "evaluate_suites", pretend)
     prompts = [{"prompt": f"How do I cut loaf {number}?"} for number in range(4)]
     file, out = write_jsonl(tmp_path / "prompts.jsonl", prompts), tmp_path / "deep" / "answered.jsonl"
     command.write_answers(

@@ -10,10 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
 from toy import toy_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from dcr_scale.config import load_config
+
+# Names what a stage does in the profile, with the stage's number.
+_MARK = "counted stage "
 
 
 def save_checkpoint(folder: Path, config: PretrainedConfig) -> Path:
@@ -31,7 +36,8 @@ def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
 
     ``held`` by part after the update, ``gathered`` elements at most, ``sent`` by collectives in the step, ``kept`` by
     autograd in each of its forward passes together with the pack's layout, ``reduced`` elements in the largest copy
-    for a reduction; ``loaded``, ``copied`` and ``exported`` from and to files, weights alone.
+    for a reduction; ``loaded``, ``copied`` and ``exported`` from and to files, weights alone. ``peak``: of all tensors'
+    memory at once, from the stage's first pass to its last update.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     from dcr_scale import engine as engines
@@ -44,8 +50,34 @@ def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
         counts = Counts(world.size)
         for patch in counts.patches():
             stack.enter_context(patch)
-        run.run()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            run.run()
+    for stage, peak in zip(counts.stages, peaks(profiler), strict=True):
+        stage["peak"] = peak
     return counts.stages
+
+
+def peaks(profiler: profile) -> list[int]:
+    """Of each stage, the most that tensors held from its first pass to its last update, what lay there before included.
+
+    The allocator reports every block, DeepSpeed's and the backward pass's too; files that are mapped are no blocks.
+    """
+    kineto = profiler.profiler.kineto_results
+    events = []
+    waiting = list(kineto.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        events.append(event)
+    events.sort(key=lambda event: event.start_time_ns)
+    # From a mark's first moment to the last one's end.
+    spans: dict[str, tuple[int, int]] = {}
+    for event in events:
+        if event.name.startswith(_MARK):
+            begin, _ = spans.get(event.name, (event.start_time_ns, 0))
+            spans[event.name] = begin, event.end_time_ns
+    totals = [(e.start_time_ns, e.extra_fields.total_allocated) for e in events if e.tag == _EventType.Allocation]
+    return [max(total for when, total in totals if begin <= when <= end) for begin, end in spans.values()]
 
 
 class Counts:
@@ -115,7 +147,7 @@ class Counts:
             modules[:] = [engine.module]
             if not torch.is_grad_enabled():
                 return call(engine, *inputs, **named)
-            with saved_bytes(engine.module) as saved:
+            with saved_bytes(engine.module) as saved, record_function(f"{_MARK}{len(self.stages)}"):
                 result = call(engine, *inputs, **named)
             layout, labels = inputs[0].layout, inputs[0].labels
             responses = 0 if labels is None else int(labels.ne(-100).sum())
@@ -123,7 +155,8 @@ class Counts:
             return result
 
         def stepping(engine: Engine, loss: float) -> Any:
-            result = step(engine, loss)
+            with record_function(f"{_MARK}{len(self.stages)}"):
+                result = step(engine, loss)
             self.stages[-1] |= {"held": held_bytes(engine), **self._step}
             self._fresh()
             return result

@@ -80,6 +80,7 @@ def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> 
         buckets = count["held"]["buckets"] + count["reduced"] * element
         assert len(count["kept"]) == len(plan.work.packs)
         assert count["sent"] == near(plan.traffic.total)
+        print(plan.name, count["peak"], plan.memory.total, count["peak"] / plan.memory.total)
         for kept, prefix, lengths, responses in count["kept"]:
             assert kept == near(activations(planner, plan.name, prefix, lengths, responses))
         # The largest bucket of a step is seldom full.

@@ -1,0 +1,92 @@
+"""Seemingly toxic prompts with a model's own answers, from before it learns to refuse: what stage 2 is to keep.
+
+DCR's default trains on some of them, and so does the baseline STL-aug.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from dcr_scale import engine as engines
+from dcr_scale.config import Config
+from dcr_scale.data.chat import ChatEncoder
+from dcr_scale.data.instructions import Instruction
+from dcr_scale.evaluation.harness import evaluate_suites
+from dcr_scale.evaluation.suites import SuitePrompt
+from dcr_scale.models.loading import Placement
+from dcr_scale.models.stored import StoredModel
+from dcr_scale.world import World
+
+log = logging.getLogger(__name__)
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)]?(?=\s)")
+
+
+def answered_by(
+    stored: StoredModel, asked: Sequence[Instruction], encoder: ChatEncoder, config: Config, world: World
+) -> list[Instruction]:
+    """The prompts that a checkpoint's model answers, with its answers. Every rank calls it; the model lies as in looks
+    (``look.partitioned``)."""
+    log.info("asking the model %d seemingly toxic prompts, whose answers stage 2 is to keep", len(asked))
+    dtype = engines.compute_dtype(config.engine, world.device)
+    placement = Placement.choose(
+        config.look.partitioned, stored.checkpoint,
+        attention="sdpa", dtype=dtype, settings=config.engine, world=world,
+    )  # fmt: skip
+    model = placement.load(stored, config.model)
+    with placement.running(model):
+        rows = own_answers(
+            model, encoder, [one.prompt for one in asked],
+            max_new_tokens=config.data.answer_tokens, batch_size=config.look.batch_size,
+            partitioned=placement.partitioned, world=world,
+        )  # fmt: skip
+    log.info("%d of them answered", len(rows))
+    answers = {row["prompt"]: row["response"] for row in rows}
+    return [replace(one, response=answers[one.prompt]) for one in asked if one.prompt in answers]
+
+
+def write_answers(path: Path, answered: Sequence[Instruction]) -> None:
+    """A JSONL file to be read by people, or by another run under ``data.answered``."""
+    rows = [json.dumps({"prompt": one.prompt, "response": one.response}, ensure_ascii=False) for one in answered]
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def own_answers(
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    partitioned: bool = False,
+    world: World | None = None,
+) -> list[dict[str, str]]:
+    """``prompt`` and ``response`` of every prompt that the model, asked greedily, answers by the judge's reading; the
+    same on every rank.
+
+    An answer that the limit has cut ends with its last whole sentence; one without any is left out.
+    """
+    suite = [SuitePrompt(f"own/{i}", text, "seemingly_toxic", "", "") for i, text in enumerate(prompts)]
+    found = evaluate_suites(
+        model, encoder, {"own": suite},
+        max_new_tokens=max_new_tokens, batch_size=batch_size, partitioned=partitioned, world=world,
+    )  # fmt: skip
+    rows = []
+    for answer in found.answers["own"]:
+        text = answer.completion.strip() if answer.finished else whole_sentences(answer.completion)
+        if answer.label == "compliance" and text:
+            rows.append({"prompt": answer.prompt.text, "response": text})
+    return rows
+
+
+def whole_sentences(text: str) -> str:
+    """A text up to the end of its last whole sentence; nothing where there is none."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(f"{text} ")]
+    return text[: ends[-1]].strip() if ends else ""

@@ -1,0 +1,133 @@
+"""Seemingly toxic prompts that the model answers itself before it is trained, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from interrupted import outcome, told_to_stop
+from rank_pool import RankPool
+from toy import toy_checkpoint, toy_settings, write_config
+
+from dcr_scale import own_answers, pipeline
+from dcr_scale.config import load_config
+from dcr_scale.data.instructions import OWN
+from dcr_scale.data.sources import read_rows
+from dcr_scale.errors import Preempted, UserError
+from dcr_scale.evaluation.training_prompts import training_prompts
+from dcr_scale.run_data import describe, load_data
+
+ASKED = 8
+SETTINGS = [
+    f"data.answered=[{{path: own, limit: {ASKED}}}]", "align.answered_share=0.25", "align.examples=16",
+    "data.answer_tokens=8", "look.enabled=false", "checkpoint.every=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    source = toy_checkpoint(tmp_path / "model", "llama")
+    return str(write_config(tmp_path, toy_settings(tmp_path, source)))
+
+
+def answers_to(count: int, calls: list[Sequence[str]]) -> Any:
+    """In the place of a model that can be understood: it answers the first ``count`` prompts."""
+
+    def answer(model: Any, encoder: Any, prompts: Sequence[str], **_: Any) -> list[dict[str, str]]:
+        calls.append(prompts)
+        return [{"prompt": prompt, "response": f"Like this: {prompt}"} for prompt in prompts[:count]]
+
+    return mock.patch.object(own_answers, "own_answers", answer)
+
+
+def test_prompts_are_seemingly_toxic_ones_that_are_trained_on(config: str) -> None:
+    loaded = load_config(config, SETTINGS)
+    data = load_data(loaded)
+    assert len(data.asked) == ASKED and not any(one.response or one.refusal for one in data.asked)
+    trained = {prompt.text for prompt in data.contrast.train if prompt.label == "seemingly_toxic"}
+    assert {one.prompt for one in data.asked} < trained
+    waiting = [one for one in data.mixture if not one.response]
+    assert len(waiting) == 4 and set(waiting) < set(data.asked)
+    assert training_prompts(loaded)["data.answered"] == [one.prompt for one in data.asked]
+    assert f"answers: the model's own to {ASKED} seemingly toxic prompts" in describe(loaded)
+
+
+def test_general_instructions_of_stage_1_are_not_among_them(config: str) -> None:
+    contrast = load_config(config, []).data.contrast[0].path
+    mixed = f"data.contrast=[{{path: {json.dumps(contrast)}}}, {{path: general, label: seemingly_toxic}}]"
+    data = load_data(load_config(config, [*SETTINGS, mixed]))
+    assert len(data.asked) == ASKED
+    assert not {one.prompt for one in data.asked} & {one.prompt for one in data.general.train}
+
+
+def test_the_source_can_be_named_once(config: str) -> None:
+    with pytest.raises(UserError, match="own is there twice"):
+        load_data(load_config(config, [*SETTINGS, "data.answered=[{path: own}, {path: own}]"]))
+
+
+@pytest.mark.slow
+def test_a_run_asks_once_and_trains_on_the_answers(config: str, tmp_path: Path, alone: None) -> None:
+    """Interrupted or not: the model that is asked is the one from before stage 1."""
+    calls: list[Sequence[str]] = []
+    with answers_to(6, calls):
+        whole = pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'whole'}"]))
+        for stage, step in (("refine", 2), ("align", 2)):
+            with told_to_stop(stage, step), pytest.raises(Preempted):
+                pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'cut'}"]))
+        pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'cut'}"]))
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert len(calls) == 2, "once a run"
+    assert whole["answers"] == {"asked": ASKED, "answered": 6}
+    assert whole["align"]["examples"] == 16
+    file = tmp_path / "whole" / "answered.jsonl"
+    source = load_config(config, [*SETTINGS, f"data.answered=[{{path: {file}}}]"]).data.answered[0]
+    assert [row.values["prompt"] for row in read_rows(source, kind="general")] == calls[0][:6]
+    data = load_data(load_config(config, [*SETTINGS, f"data.answered=[{{path: {file}}}]"]))
+    assert sum(one.response.startswith("Like this: ") for one in data.mixture) == 4, "another run can read them"
+
+
+@pytest.mark.slow
+def test_too_few_answers_end_the_run_before_it_trains(config: str, tmp_path: Path, alone: None) -> None:
+    with answers_to(3, []), pytest.raises(UserError, match="and 3 answered seemingly toxic prompts to train on"):
+        pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run" / "refined").exists()
+
+
+def ask(config: str, partitioned: str) -> tuple[list[tuple[str, str]], int]:
+    """On each rank: what the model answers where every answer counts as one, and modules that DeepSpeed still holds."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.runtime.zero import parameter_offload
+
+    from dcr_scale import engine as engines
+    from dcr_scale.evaluation import harness
+    from dcr_scale.pipeline import Run
+
+    judged = harness.judged
+
+    def taken(*given: Any) -> Any:
+        return replace(judged(*given), label="compliance", finished=True)
+
+    loaded = load_config(config, [*SETTINGS, f"look.partitioned={partitioned}"])
+    with mock.patch.object(torch.cuda, "is_available", lambda: False), mock.patch.object(harness, "judged", taken):
+        run = Run(loaded, engines.start(loaded.engine))
+        model = run._open(run.source)
+        found = own_answers.answered_by(model, run.data.asked, run.encoder, loaded, run.world)
+    assert all(one.source == OWN for one in found)
+    return [(one.prompt, one.response) for one in found], len(parameter_offload.FWD_MODULE_STACK)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_asking(config: str, ranks: RankPool, alone: None) -> None:
+    alone_found, _ = ask(config, "no")
+    assert len(alone_found) == ASKED
+    for partitioned in ("no", "yes"):
+        for found, held in ranks.run(ask, config, partitioned, world_size=2, timeout=300.0):
+            assert found == alone_found
+            assert held == 0, "a model that was only asked is let go"
