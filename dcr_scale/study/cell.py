@@ -186,6 +186,8 @@ class Study:
         for key, value in method.align.items():
             _assign(config.align, key, value)
         config.align.refusal_share = cell.share
+        if method.on_top:
+            config.align.refusal_share *= 1 - method.answered / cast(int, config.align.examples)
         # Stage 2 needs no contrast prompts, but its toxic prompts must not be stage 1's.
         recipe = self.data.contrast[method.contrast or "mixed"]
         config.data = self._data(recipe, config)

@@ -24,6 +24,7 @@ _SECOND = (
     "dcr_answered",
     "dcr_answered_more",
     "dcr_answered_twice",
+    "dcr_answered_on_top",
     "stl_aug_more",
     "stl_more",
     "dcr_toxic_third",

@@ -17,6 +17,7 @@ class Method:
         refine: what it changes in the configuration's ``refine``, by dotted key.
         align: the same in ``align``.
         answered: seemingly toxic prompts with answers among stage 2's examples.
+        on_top: they come on top of plain safety tuning's mixture: the share of refusals is that of the other examples.
         steering: an inference-time method on the model of plain safety tuning (STL).
     """
 
@@ -25,6 +26,7 @@ class Method:
     refine: Mapping[str, Any] = field(default_factory=dict)
     align: Mapping[str, Any] = field(default_factory=dict)
     answered: int = 0
+    on_top: bool = False
     steering: Literal["surgical", "scans"] | None = None
 
 
@@ -66,7 +68,14 @@ METHODS: dict[str, Method] = {
     "dcr_answered_more": Method(
         "DCR, 32 answered prompts, 320 examples", contrast="mixed", align={"examples": 320}, answered=32
     ),
-    # As many general examples again, and twice the answered ones.
+    # As many refusals as general examples where the share is a half: general answers suffer where they are fewer.
+    "dcr_answered_on_top": Method(
+        "DCR, 64 answered prompts on top of 352 examples",
+        contrast="mixed",
+        align={"examples": 416},
+        answered=64,
+        on_top=True,
+    ),
     "dcr_answered_twice": Method(
         "DCR, 64 answered prompts, 416 examples", contrast="mixed", align={"examples": 416}, answered=64
     ),

@@ -62,12 +62,11 @@ def peaks(profiler: profile) -> list[int]:
 
     The allocator reports every block, DeepSpeed's and the backward pass's too; files that are mapped are no blocks.
     """
-    kineto = profiler.profiler.kineto_results
-    events = []
-    waiting = list(kineto.experimental_event_tree())
+    waiting, events = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
         event = waiting.pop()
-        waiting += event.children
+        # Gloo copies what it reduces, which NCCL does not, and the plan is for NCCL.
+        waiting += event.children if not event.name.startswith("c10d::") else []
         events.append(event)
     events.sort(key=lambda event: event.start_time_ns)
     # From a mark's first moment to the last one's end.
@@ -76,7 +75,16 @@ def peaks(profiler: profile) -> list[int]:
         if event.name.startswith(_MARK):
             begin, _ = spans.get(event.name, (event.start_time_ns, 0))
             spans[event.name] = begin, event.end_time_ns
-    totals = [(e.start_time_ns, e.extra_fields.total_allocated) for e in events if e.tag == _EventType.Allocation]
+    # Blocks of this run alone: the allocator's own total goes on from one run of a process to the next.
+    live: dict[int, int] = {}
+    held, totals = 0, []
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            block, size = event.extra_fields.ptr, max(0, event.extra_fields.alloc_size)
+            # Threads of the collectives free blocks unseen: what is given out again was one of those.
+            held += size - live.pop(block, 0)
+            live[block] = size
+            totals.append((event.start_time_ns, held))
     return [max(total for when, total in totals if begin <= when <= end) for begin, end in spans.values()]
 
 
@@ -144,9 +152,9 @@ class Counts:
         call, step = Engine.__call__, Engine.step
 
         def calling(engine: Engine, *inputs: Any, **named: Any) -> Any:
-            modules[:] = [engine.module]
             if not torch.is_grad_enabled():
                 return call(engine, *inputs, **named)
+            modules[:] = [engine.module]
             with saved_bytes(engine.module) as saved, record_function(f"{_MARK}{len(self.stages)}"):
                 result = call(engine, *inputs, **named)
             layout, labels = inputs[0].layout, inputs[0].labels
@@ -158,6 +166,7 @@ class Counts:
             with record_function(f"{_MARK}{len(self.stages)}"):
                 result = step(engine, loss)
             self.stages[-1] |= {"held": held_bytes(engine), **self._step}
+            modules.clear()  # a list that outlives the stage would keep it alive
             self._fresh()
             return result
 

@@ -80,13 +80,14 @@ def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> 
         buckets = count["held"]["buckets"] + count["reduced"] * element
         assert len(count["kept"]) == len(plan.work.packs)
         assert count["sent"] == near(plan.traffic.total)
-        print(plan.name, count["peak"], plan.memory.total, count["peak"] / plan.memory.total)
         for kept, prefix, lengths, responses in count["kept"]:
             assert kept == near(activations(planner, plan.name, prefix, lengths, responses))
         # The largest bucket of a step is seldom full.
         assert 0.6 * plan.memory.buckets < buckets < 1.1 * plan.memory.buckets
         if len(counts) > 1:
             assert count["gathered"] * element == near(plan.memory.gathered - plan.gathers.copied * element)
+    # The plan is of the rank that has most to do, and adds up what parts take at most, each at a moment of its own.
+    assert 0.85 * plan.memory.total < max(count["peak"] for count in counts) < 1.1 * plan.memory.total
     total = {part: sum(count[part] for count in counts) for part in ("loaded", "copied", "exported")}
     assert total["loaded"] + total["copied"] == near(plan.disk.read)
     assert total["exported"] == near(plan.disk.exported)
