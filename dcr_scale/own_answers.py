@@ -27,6 +27,7 @@ from dcr_scale.world import World
 log = logging.getLogger(__name__)
 
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]?(?=\s)")
+_NUMBER_OF_AN_ITEM = re.compile(r"^\s*\d+\.$")
 
 
 def answered_by(
@@ -87,6 +88,8 @@ def own_answers(
 
 
 def whole_sentences(text: str) -> str:
-    """A text up to the end of its last whole sentence; nothing where there is none."""
+    """A text up to the end of its last whole sentence; nothing where there is none. The number of a list's item is
+    none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(f"{text} ")]
+    ends = [end for end in ends if not _NUMBER_OF_AN_ITEM.match(text[:end].rpartition("\n")[2])]
     return text[: ends[-1]].strip() if ends else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcr_scale.study.methods import METHODS
+from dcr_scale.study.methods import CLAIMED, METHODS
 
 # From models that refuse a few toxic prompts to models that refuse nearly all.
 SHARES = (0.15, 0.25, 0.5)
@@ -24,7 +24,6 @@ _SECOND = (
     "dcr_answered",
     "dcr_answered_more",
     "dcr_answered_twice",
-    "dcr_answered_on_top",
     "stl_aug_more",
     "stl_more",
     "dcr_toxic_third",
@@ -49,8 +48,8 @@ class Cell:
 
 
 def probed(cell: Cell) -> bool:
-    """Whether kernel similarity is measured through this cell's training: once for each seed of what is repeated."""
-    return cell.method in _REPEATED and cell.share == SHARES[-1]
+    """Whether kernel similarity is measured through this cell's training: once for each seed of what is claimed."""
+    return cell.method in ("stl", *CLAIMED) and cell.share == SHARES[-1]
 
 
 def first_grid() -> list[Cell]:
@@ -62,8 +61,9 @@ def first_grid() -> list[Cell]:
 
 
 def second_grid() -> list[Cell]:
-    """What the first grid suggests to ask next: which parts of DCR's default matter."""
-    return [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
+    """What the first grid suggests to ask next: the best recipe by all seeds, and which parts of DCR matter."""
+    cells = [Cell(seed, CLAIMED[-1], share) for seed in SEEDS for share in SHARES]
+    return cells + [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
 
 
 def quick_grid() -> list[Cell]:

@@ -155,6 +155,10 @@ def test_own_answers_are_what_the_judge_takes_for_answers(
 def test_a_cut_answer_ends_with_its_last_whole_sentence() -> None:
     assert whole_sentences('One. Two at 3.5 %? "Three!" and f') == 'One. Two at 3.5 %? "Three!"'
     assert whole_sentences("nothing ends here") == ""
+    assert (
+        whole_sentences("Two steps:\n\n1. Mix it.\n2. Bake it in 3.\n 3. Then")
+        == "Two steps:\n\n1. Mix it.\n2. Bake it in 3."
+    )
     assert whole_sentences("All of it.") == "All of it."
 
 
