@@ -73,7 +73,7 @@ def trade_off(path: Path, lines: Mapping[str, Curve]) -> None:
     """
     shown = [name for name in METHODS if name in lines and (name in BASELINES or name in CLAIMED)]
     others = [line for name, line in lines.items() if name not in shown]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharex=True, layout="constrained")
     for axis, of_class, what in zip(axes, ("seemingly_toxic", "general"), ("seemingly toxic", "general"), strict=True):
         for number, line in enumerate(others):
             label = "other kinds of DCR and STL" if number == 0 else None
@@ -96,6 +96,7 @@ def trade_off(path: Path, lines: Mapping[str, Curve]) -> None:
         axis.set_ylabel(f"refused, {what} prompts")
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
