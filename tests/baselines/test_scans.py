@@ -35,7 +35,8 @@ def random_scans(model: PreTrainedModel) -> Scans:
         threshold=0.0,
     )
     found = steering.similarities(ScansApplied(steering, model, AGREEMENT).transitions(*left_padded(PROMPTS, CPU)))
-    return replace(steering, threshold=float(found.median()))
+    lowest, next_lowest = found.sort().values[:2].tolist()
+    return replace(steering, threshold=(lowest + next_lowest) / 2)  # not at a prompt's own value, which rounding moves
 
 
 class Steered:
