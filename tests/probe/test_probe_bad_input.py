@@ -11,7 +11,9 @@ from toy import toy_tokenizer
 from toy_models import PROMPTS_A, PROMPTS_B, toy_model, zero3
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
+from dcr_scale.models import attention
 from dcr_scale.probe import KernelProbe
+from dcr_scale.probe.guard import borrowed
 
 
 def with_dropout() -> PreTrainedModel:
@@ -98,6 +100,21 @@ def test_a_weight_that_takes_no_part_is_named():
     model.model.layers[1].mlp.extra = torch.nn.Linear(16, 16)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.extra\.weight: its Linear took part .* not at all"):
         KernelProbe(model).measure(PROMPTS_A)
+
+
+def test_packed_prompts_keep_the_attention_that_the_model_was_loaded_with():
+    """Where it packs; `auto` here would take another. Padded rows need an ordinary one."""
+    model = toy_model("llama")
+    for before, packed, within in (
+        (attention.TORCH_VARLEN, True, attention.TORCH_VARLEN),
+        (attention.TORCH_VARLEN, False, "sdpa"),
+        ("eager", True, attention.SDPA),
+        ("eager", False, "eager"),
+    ):
+        model.set_attn_implementation(before)
+        with borrowed(model, packed, torch.float32):
+            assert model.config._attn_implementation == within
+        assert model.config._attn_implementation == before
 
 
 def test_the_model_is_given_back_as_it_was():
