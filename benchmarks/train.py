@@ -61,7 +61,9 @@ def rank_main(given: argparse.Namespace) -> None:
 
     root = Path(__file__).parents[1]
     if given.model_shape is None:
-        config = load_config(root / "configs" / "demo.yaml", given.overrides)
+        # Answers of the model's own would have to be made first.
+        plain = ["data.answered=[]", "align.answered_share=0"]
+        config = load_config(root / "configs" / "demo.yaml", [*plain, *given.overrides])
         folder, contrast = resolve(config.model), None
     else:
         import train_shape

@@ -283,7 +283,7 @@ class Config:
     run: RunConfig = setting(RunConfig, "the run")
     model: ModelConfig = setting(ModelConfig, "the checkpoint to refine")
     data: DataConfig = setting(DataConfig, "prompts and answers")
-    refine: RefineConfig | None = setting(RefineConfig, "stage 1; null skips it, which leaves plain safety tuning")
+    refine: RefineConfig | None = setting(RefineConfig, "stage 1; null skips it, which leaves safety tuning alone")
     align: AlignConfig | None = setting(AlignConfig, "stage 2; null skips it")
     engine: EngineConfig = setting(EngineConfig, "DeepSpeed ZeRO-3")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "what an interrupted run goes on from")

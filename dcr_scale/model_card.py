@@ -30,7 +30,10 @@ def model_card(config: Config, stage: str, source: Path, facts: Mapping[str, Any
     """
     after = ""
     if stage != "refined":
-        after = " after contrastive refinement (DCR)" if config.refine is not None else ", without refinement (STL)"
+        baseline = "STL-aug" if config.data.answered else "STL"
+        after = (
+            " after contrastive refinement (DCR)" if config.refine is not None else f", without refinement ({baseline})"
+        )
     library = "peft" if stage == "adapter" else "transformers"
     tree = typed_yaml.to_tree(config)
     settings = {name: tree[name] for name in ("data", "refine", "align") if tree[name] is not None}

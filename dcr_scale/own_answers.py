@@ -72,7 +72,8 @@ def own_answers(
     """``prompt`` and ``response`` of every prompt that the model, asked greedily, answers by the judge's reading; the
     same on every rank.
 
-    An answer that the limit has cut ends with its last whole sentence; one without any is left out.
+    An answer that the limit has cut ends with its last whole sentence; one without any is left out, and so is one that
+    thinks aloud first.
     """
     suite = [SuitePrompt(f"own/{i}", text, "seemingly_toxic", "", "") for i, text in enumerate(prompts)]
     found = evaluate_suites(
@@ -82,7 +83,8 @@ def own_answers(
     rows = []
     for answer in found.answers["own"]:
         text = answer.completion.strip() if answer.finished else whole_sentences(answer.completion)
-        if answer.label == "compliance" and text:
+        # A thought would be learnt as an answer; by models that think, answers are better given as a file.
+        if answer.label == "compliance" and text and "<think>" not in text:
             rows.append({"prompt": answer.prompt.text, "response": text})
     return rows
 

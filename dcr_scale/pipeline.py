@@ -151,15 +151,24 @@ class Run:
     def _answer(self, model: StoredModel) -> None:
         """Have the model answer some of its prompts while it is as it came; stage 2's examples are complete then.
 
-        Raises UserError where it answers fewer than stage 2 wants.
+        Raises UserError where it answers fewer than stage 2 wants: the part is not done then, and is begun anew.
         """
+        wanted = sum(not example.response for example in self.data.mixture)
         if not self.progress.done("answers"):
             began = self._begin("answers")
-            self.own = answered_by(model, self.data.asked, self.encoder, self.config, self.world)
+            self.own = answered_by(model, self.questions, self.encoder, self.config, self.world)
+            # Without a size of its own the mixture becomes smaller, but not by much.
+            assert self.config.align is not None
+            if len(self.own) < (wanted / 2 if self.config.align.examples is None else wanted):
+                raise UserError(
+                    f"the model answered {len(self.own)} of {len(self.questions)} seemingly toxic prompts, and "
+                    f"align.answered_share={self.config.align.answered_share:g} wants {wanted}; lower it or "
+                    "align.examples, or raise the limit of data.answered, or give data.contrast more such prompts"
+                )
             with self.world.agreed(path := self.config.run.folder / "answered.jsonl"):
                 if self.world.first:
                     write_answers(path, self.own)
-            self.facts["answers"] = {"asked": len(self.data.asked), "answered": len(self.own)}
+            self.facts["answers"] = {"asked": len(self.questions), "answered": len(self.own)}
             self._finish("answers", began)
         self.data = load_data(self.config, self.own)
         self._encode_examples()
@@ -275,15 +284,22 @@ class Run:
                 config, self.model_config, self.tokenizer, self.encoder, self.contrast.heldout,
                 self.data.general.heldout, self.world,
             )  # fmt: skip
-        asked = max(len(self.data.asked), len(self.looker.asked) if self.looker is not None else 0)
+        asked = max(len(self.questions), len(self.looker.asked) if self.looker is not None else 0)
         self.folder.answered = -(-asked // self.world.size)
 
     def _encode_examples(self) -> None:
         """Stage 2's, but for those that the model is yet to answer."""
         self.mixture: list[Instruction] = []
         self.examples: list[EncodedExample] = []
+        self.questions: list[Instruction] = []
         align = self.config.align
         if align is not None:
+            # As with every prompt: what is too long is refused, or left out, before anything is built.
+            self.questions = [
+                one
+                for one in self.data.asked
+                if self.encoder.encode_example(one.prompt, one.prompt, max_tokens=align.max_tokens) is not None
+            ]
             self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, align, self.world.size)
             ids = [example.ids for example in self.examples]
             self.folder.shares["align"] = self._share([(ids, min(align.batch_size, len(ids)))])

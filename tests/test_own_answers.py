@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +96,12 @@ def test_a_run_asks_once_and_trains_on_the_answers(config: str, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_too_few_answers_end_the_run_before_it_trains(config: str, tmp_path: Path, alone: None) -> None:
-    with answers_to(3, []), pytest.raises(UserError, match="and 3 answered seemingly toxic prompts to train on"):
+    message = re.escape("answered 3 of 8 seemingly toxic prompts, and align.answered_share=0.25 wants 4")
+    with answers_to(3, []), pytest.raises(UserError, match=message):
         pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'run'}"]))
-    assert not (tmp_path / "run" / "refined").exists()
+    with answers_to(6, []):  # the same command asks again
+        pipeline.run(load_config(config, [*SETTINGS, f"run.dir={tmp_path / 'run'}"]))
+    assert (tmp_path / "run" / "aligned").exists()
 
 
 def ask(config: str, partitioned: str) -> tuple[list[tuple[str, str]], int]:

@@ -62,7 +62,7 @@ def training_prompts(run: Config) -> Mapping[str, list[str]]:
             retained = data.general.train[: run.refine.retention.prompts]
             found["data.general"] = [instruction.prompt for instruction in retained]
     for name, refusal in (("data.general", False), ("data.refusals", True)):
-        if mixed := [instruction.prompt for instruction in data.mixture if instruction.refusal == refusal]:
+        if mixed := [one.prompt for one in data.mixture if one.response and one.refusal == refusal]:
             found[name] = [*found.get(name, []), *mixed]
     # Which of them the model answered, and so was trained on, the configuration does not say.
     if data.asked:

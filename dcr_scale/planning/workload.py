@@ -129,13 +129,17 @@ def _measured(config: Config, folder: Path) -> Lengths:
     examples = [example for example in found if example is not None]
     # The model has yet to answer these; few answers are shorter than the limit.
     asked = own([example.prompt for example in data.mixture if not example.response], "prompts to answer")
-    answer = config.data.answer_tokens
+    room = config.align.max_tokens - prefix if config.align is not None else 0
+    answers = [min(config.data.answer_tokens, room - length) for length in asked]
     return Lengths(
         prefix,
         own([prompt.text for prompt in data.contrast.train], "contrast prompts"),
         own([instruction.prompt for instruction in data.general.train[:kept]], "general prompts"),
-        (*(len(example.ids) - prefix for example in examples), *(length + answer for length in asked)),
-        (*(len(example.ids) - example.response_start for example in examples), *(answer for _ in asked)),
+        (
+            *(len(example.ids) - prefix for example in examples),
+            *(length + answer for length, answer in zip(asked, answers, strict=True)),
+        ),
+        (*(len(example.ids) - example.response_start for example in examples), *answers),
         "the run's own data and tokenizer",
     )
 

@@ -19,6 +19,7 @@ from dcr_scale.runlog import duration
 MARKS = {"seemingly_toxic": "●", "toxic": "◆", "general": "■"}
 MODELS = {"before": "the original", "refined": "refined", "aligned": "aligned"}
 _PARTS = {
+    "answers": "the model's own answers",
     "layer_choice": "choice of ℓ",
     "look_before": "look at the original",
     "refine": "stage 1: refinement",
