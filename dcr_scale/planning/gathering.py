@@ -4,7 +4,9 @@ DeepSpeed records the order in which modules run. From then on it fetches what a
 next ones need ahead of it up to ``stage3_prefetch_bucket_size``, and lets go of a module's parameters after it has run
 unless they are needed again within ``stage3_max_reuse_distance`` elements. With gradient checkpointing that keeps part
 of a layer from its recomputation to its backward pass. The rules are those of DeepSpeed 0.19's
-``PartitionedParameterCoordinator``; the numbers follow from them exactly, as tests count.
+``PartitionedParameterCoordinator``, as far as they are followed here: bytes sent and the peak are those that tests
+count. But a run whose held-out evaluation is a single pass keeps the last layers from the forward to the backward pass,
+and where ``engine.max_live`` is a few layers the peak can then be a fifth off.
 """
 
 from __future__ import annotations
