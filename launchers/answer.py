@@ -1,4 +1,4 @@
-"""Write a model's own answers to seemingly toxic prompts, for STL-aug: ``python launchers/answer.py --out FILE``.
+"""Write a model's own answers to seemingly toxic prompts, for stage 2: ``python launchers/answer.py --out FILE``.
 
 FILE becomes JSONL with the columns prompt and response; refusals are left out. Name it under data.answered. Runs in one
 process. Exit codes: 0 done, 2 something to put right (one line says what).

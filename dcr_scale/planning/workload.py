@@ -130,6 +130,7 @@ def _measured(config: Config, folder: Path) -> Lengths:
     # The model has yet to answer these; few answers are shorter than the limit.
     asked = own([example.prompt for example in data.mixture if not example.response], "prompts to answer")
     room = config.align.max_tokens - prefix if config.align is not None else 0
+    asked = tuple(length for length in asked if length < room)
     answers = [min(config.data.answer_tokens, room - length) for length in asked]
     return Lengths(
         prefix,
