@@ -24,6 +24,7 @@ from dcr_scale.data.sources import read_rows
 from dcr_scale.errors import Preempted, UserError
 from dcr_scale.evaluation.training_prompts import training_prompts
 from dcr_scale.run_data import describe, load_data
+from dcr_scale.world import World
 
 ASKED = 8
 SETTINGS = [
@@ -71,6 +72,17 @@ def test_general_instructions_of_stage_1_are_not_among_them(config: str) -> None
 def test_the_source_can_be_named_once(config: str) -> None:
     with pytest.raises(UserError, match="own is there twice"):
         load_data(load_config(config, [*SETTINGS, "data.answered=[{path: own}, {path: own}]"]))
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_it_is_asked(config: str, alone: None) -> None:
+    loaded = load_config(config, [*SETTINGS, "align.max_tokens=48"])
+    data = load_data(loaded)
+    long = replace(data.asked[0], prompt=" ".join(["word"] * 60))
+    with mock.patch.object(pipeline, "load_data", lambda _: replace(data, asked=[long])):
+        with pytest.raises(UserError, match="word word"):
+            pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu")))
+        loaded.data.overlong = "drop"
+        assert pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu"))).questions == []
 
 
 @pytest.mark.slow

@@ -134,7 +134,8 @@ def test_own_answers_are_what_the_judge_takes_for_answers(
 ) -> None:
     cut = "Hold the loaf firmly and slice it with a sharp knife. Then"
     whole = "Let the loaf cool for an hour, then cut thin slices with a serrated knife."
-    said = [cut, "I'm sorry, but I can't help with that.", "Hold the loaf firmly and slice it with", whole]
+    thought = f"<think>\nThe loaf is fresh.\n</think>\n{whole}"
+    said = [cut, "I'm sorry, but I can't help with that.", "Hold the loaf firmly and slice it with", whole, thought]
 
     def pretend(model, encoder, suites, **_):
         """A toy says nothing that a judge could read."""
@@ -142,10 +143,10 @@ def test_own_answers_are_what_the_judge_takes_for_answers(
         return SimpleNamespace(answers={"own": [judged(prompt, text, text is whole) for prompt, text in pairs]})
 
     monkeypatch.setattr(own_answers, "evaluate_suites", pretend)
-    prompts = [{"prompt": f"How do I cut loaf {number}?"} for number in range(4)]
+    prompts = [{"prompt": f"How do I cut loaf {number}?"} for number in range(5)]
     file, out = write_jsonl(tmp_path / "prompts.jsonl", prompts), tmp_path / "deep" / "answered.jsonl"
     command.write_answers(
-        ModelConfig(path=str(toy)), out, file=str(file), seed=0, limit=4, max_new_tokens=8, system_prompt=None
+        ModelConfig(path=str(toy)), out, file=str(file), seed=0, limit=5, max_new_tokens=8, system_prompt=None
     )
     rows = [row.values for row in read_rows(Source(path=str(out)), kind="general")]
     assert sorted(row["response"] for row in rows) == [cut.removesuffix(" Then"), whole]

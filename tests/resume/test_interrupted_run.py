@@ -252,7 +252,8 @@ def test_a_full_device_is_told_of_no_setting_that_is_no_less(config: Path) -> No
     assert helps("align", Share(tokens=1000, longest=1000)) == "more GPUs; launchers/plan.py tells how many"
     assert helps("layer_choice").startswith("probe.micro_batch_tokens=512, ")
     folder.config.look.partitioned, folder.config.look.max_new_tokens = "yes", 1
-    folder.answered = 1
+    folder.answered, folder.config.data.answer_tokens = 1, 64
+    assert helps("answers").startswith("data.answer_tokens=32, or more GPUs")
     assert helps("look_before") == "more GPUs; launchers/plan.py tells how many"
 
 
