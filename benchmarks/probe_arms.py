@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +212,8 @@ class GhostGram(Sink):
     def __init__(self, prompts: int):
         self.gram_NN = torch.zeros(prompts, prompts)
 
-    def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
-        return inputs_MD
+    def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
+        return [inputs_MD] * len(units)
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
         self._add(kept @ kept.T, delta_MD)

@@ -12,8 +12,7 @@ Shape suffixes: B rows of the micro-batch (a prompt under one output probe each)
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,7 +24,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dcr_scale.probe.layout import Routing, TokenLayout
-from dcr_scale.probe.units import Inventory, Unit, elementwise_factors, is_experts, shape_of
+from dcr_scale.probe.shared_inputs import SharedInputs
+from dcr_scale.probe.units import Factor, Inventory, Unit, elementwise_factors, is_experts, lookup_scale, shape_of
 
 _EXPERTS = "dcr_probe"
 # The probe whose passes are running: transformers' experts interface calls a function that knows only its module.
@@ -38,8 +38,8 @@ class Sink(Protocol):
     def begin(self, rows: int) -> None:
         """A backward pass begins: what follows, up to the next one, are the gradients of so many rows."""
 
-    def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
-        """What the backward pass will need of a product's inputs; finite where they are."""
+    def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> Sequence[Tensor]:
+        """What the backward pass will need, for each unit, of an input that all of them read; finite where it is."""
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
         """The gradient Σ δ aᵀ of a linear or of experts."""
@@ -71,16 +71,17 @@ class Capture:
         self._seen: set[str] = set()
         # Recomputed inputs of element-wise modules that wait for their gradient, and the other way round.
         self._waiting: dict[int, Tensor] = {}
+        self._inputs = SharedInputs()
         self._products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "linear"}
         self._routed_products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "experts"}
         self._lookups = {id(unit.module): unit for unit in inventory.units if unit.kind == "embedding"}
         self._scales = {id(unit.module): lookup_scale(unit) for unit in self._lookups.values()}
-        self._vectors: dict[int, list[tuple[Unit, Callable[[Tensor], Tensor]]]] = {}
+        self._vectors: dict[int, list[tuple[Unit, Factor]]] = {}
         for unit in inventory.units:
             if unit.kind == "vector" and id(unit.module) not in self._vectors:
                 self._vectors[id(unit.module)] = self._vector_rules(unit)
 
-    def _vector_rules(self, first: Unit) -> list[tuple[Unit, Callable[[Tensor], Tensor]]]:
+    def _vector_rules(self, first: Unit) -> list[tuple[Unit, Factor]]:
         keys = {id(parameter): key for key, parameter in first.module.named_parameters(recurse=False)}
         length = shape_of(first.parameter)[0]
         example = torch.arange(3 * length, device=first.parameter.device).view(3, length).sin()
@@ -110,6 +111,7 @@ class Capture:
         logits = self.model(**inputs).logits
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
         self._hidden = None
+        self._inputs.forget()
         for number, cotangent_BD in enumerate(cotangents_BD, start=1):
             sink.begin(len(cotangent_BD))
             self._backward = True
@@ -156,9 +158,8 @@ class Capture:
                 'module that selects tokens; leave it out by parameters="trainable" or a name pattern'
             )
             return
-        x_TD = x.detach().reshape(rows, -1)
-        kept = self._sink.enter(unit, x_TD, None)
-        self._note(unit, kept if unit.weight else x_TD)
+        kept = self._inputs.enter(self._sink, unit, x)
+        self._note(unit, kept if unit.weight else x.detach())
         self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
@@ -167,7 +168,7 @@ class Capture:
         output.register_hook(receive)
 
     def _routed(self, unit: Unit, x_MD: Tensor, output_MD: Tensor, routing: Routing) -> None:
-        kept, layout = self._sink.enter(unit, x_MD.detach(), routing), self._layout
+        (kept,), layout = self._sink.enter([unit], x_MD.detach(), routing), self._layout
         self._note(unit, kept if unit.weight else x_MD.detach())
         self._begin_at(output_MD)
 
@@ -208,10 +209,17 @@ class Capture:
     def _vector_gradient(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
         layout = self._layout
         for unit, factor in self._vectors[id(module)]:
-            product = self._tokens_first(unit, (delta * factor(x)).float())
-            if product is None:
+            values, scale = factor(x)
+            product_THD = self._tokens_first(unit, delta.float() * values)
+            if product_THD is None:
                 return
-            gradient_BD = layout.sums(product[:, 0] if product.shape[1] == 1 else product.sum(dim=1))
+            scale_TH1 = None if scale is None else self._tokens_first(unit, scale)
+            if product_THD.shape[1] == 1:
+                gradient_BD = layout.sums(product_THD[:, 0], None if scale_TH1 is None else scale_TH1[:, 0, 0])
+            else:
+                gradient_BD = layout.sums(
+                    product_THD.sum(dim=1) if scale_TH1 is None else torch.bmm(scale_TH1.mT, product_THD)[:, 0]
+                )
             self._note(unit, gradient_BD)
             self._sink.vector(unit, gradient_BD)
 
@@ -257,6 +265,7 @@ class Capture:
         _active = None
         self._sink = self._layout = self._hidden = None
         self._backward = False
+        self._inputs.forget()
         self._sums.clear()
         self._waiting.clear()
 
@@ -368,21 +377,6 @@ ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that recompute their activations in the backward pass."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-
-
-def lookup_scale(unit: Unit) -> Tensor:
-    """What an embedding module multiplies its vectors by (Gemma's do): its forward pass over a table of ones.
-
-    Raises ValueError where the module does more than look up and scale.
-    """
-    module = unit.module
-    ones = torch.ones(1, unit.shape[0], device=unit.parameter.device)
-    clone = copy.copy(module)
-    clone.__dict__ = {**module.__dict__, "_parameters": {"weight": ones}, "padding_idx": None}
-    scaled = type(module).forward(clone, torch.zeros(1, dtype=torch.long, device=ones.device))
-    if scaled.shape != ones.shape or not torch.allclose(scaled, scaled[0, 0]):
-        raise ValueError(f"{unit.name}: {type(module).__name__} does more than look up and scale its vectors")
-    return scaled[0, 0]
 
 
 def _first(args: tuple, kwargs: dict) -> Tensor:

@@ -46,13 +46,15 @@ class GhostSink(Sink):
     def __init__(self) -> None:
         self.factors = Factors()
 
-    def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
-        inputs = inputs_MD.double()
+    def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
+        inputs_MD = inputs_MD.double()
+        return [self._counted(unit, inputs_MD) for unit in units]
+
+    @staticmethod
+    def _counted(unit: Unit, inputs_MD: Tensor) -> Tensor:
         if not unit.weight:
-            inputs = inputs[:, :0]
-        if unit.bias:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        return inputs
+            inputs_MD = inputs_MD[:, :0]
+        return torch.cat([inputs_MD, inputs_MD.new_ones(len(inputs_MD), 1)], dim=1) if unit.bias else inputs_MD
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
         if routing is not None:

@@ -58,11 +58,20 @@ class TokenLayout:
         inside = self.inside.view(*self.inside.shape, *(1,) * (flat.dim() - 1))
         return torch.where(inside, flat[self.index], flat.new_zeros(()))
 
-    def sums(self, flat: Tensor) -> Tensor:
-        """Σ over each row's tokens: [tokens, D] as [B, D]."""
+    def split(self, flat: Tensor) -> Tensor:
+        """[…, tokens · slots] as [B, …, L · slots], zero where there is no token; a token's slots stay together."""
+        if self._is_view:
+            return flat.view(*flat.shape[:-1], len(self.index), -1).movedim(-2, 0)
+        each = flat.view(*flat.shape[:-1], self.tokens, -1)[..., self.index, :]
+        inside = self.inside[..., None]
+        return torch.where(inside, each, each.new_zeros(())).flatten(-2).movedim(-2, 0)
+
+    def sums(self, flat: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Σ over each row's tokens: [tokens, D] as [B, D]; ``weights`` [tokens]: what a token is multiplied by."""
         members, starts = self._members
         # A bag of embeddings is just that, in one read and with no copy of the rows.
-        return F.embedding_bag(members, flat, starts, mode="sum")
+        weights = None if weights is None else weights[members]
+        return F.embedding_bag(members, flat, starts, mode="sum", per_sample_weights=weights)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ groups cost one group's product.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +28,17 @@ _MOST_STRIPS = 8
 class Projections:
     """The signs of every unit's two projections: ``rank`` numbers a group, ``groups`` independent groups.
 
-    ``cache_bytes``: matrices are kept, one byte an entry, until they take so much; beyond it they are drawn again at
-    each use. At 70 billion parameters, rank 32 and 4 groups all of them are 0.4 billion entries.
+    ``cache_bytes``: matrices are kept until they take so much, half of it as they are used, half at one byte an entry;
+    beyond it they are drawn again at each use. At 70 billion parameters, rank 32 and 4 groups all of them are 0.4
+    billion entries.
 
     Shape suffixes: M rows, D width, s strips, G groups, c = rank / s rows of a group that read one strip.
     """
 
     def __init__(self, seed: int, rank: int, groups: int, *, cache_bytes: int = 256 * 2**20):
         self.seed, self.rank, self.groups = seed, rank, groups
-        self._free = cache_bytes
-        self._kept: dict[tuple[str, str, int, int, int, torch.device], Tensor] = {}
+        self._free, self._as_bytes_below = cache_bytes, cache_bytes // 2
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     def strips(self, width: int) -> int:
         """Parts that an input of ``width`` is cut into: no more than there are groups, so that the products' matrices
@@ -43,18 +46,32 @@ class Projections:
         return math.gcd(_MOST_STRIPS, self.groups, self.rank, width)
 
     def project(self, name: str, role: str, x_MD: Tensor, start: int = 0) -> Tensor:
-        """[M, s, G, c]: row i of a group's projection stands at strip i mod s, place i div s.
+        """[s, G, c, M]: row i of a group's projection stands at strip i mod s, place i div s.
 
         ``start``: the column of the projection that ``x_MD``'s first one meets. Not scaled: an inner product of two
         vectors so projected is ``rank / s`` times an unbiased estimate.
         """
         width = x_MD.shape[1]
         strips = self.strips(width)
-        signs_DW = self.matrix(name, role, start, start + width, x_MD, strips)
-        parts_sdM = x_MD.view(len(x_MD), strips, -1).permute(1, 2, 0)
-        projected_sWM = torch.bmm(signs_DW.view(strips, -1, signs_DW.shape[1]).mT, parts_sdM)
-        # Tokens last in memory: the outer products sum over them, and arranging long runs is cheap.
-        return projected_sWM.unflatten(1, (self.groups, -1)).permute(3, 0, 1, 2)
+        return self._product(self.matrix(name, role, start, start + width, x_MD, strips), strips, x_MD)[:, 0]
+
+    def project_each(self, names: Sequence[str], role: str, x_MD: Tensor) -> Sequence[Tensor]:
+        """The same input by the projections of several units, as :meth:`project` gives them: read once for all."""
+        width = x_MD.shape[1]
+        strips = self.strips(width)
+        if len(names) == 1:
+            signs_DW = self.matrix(names[0], role, 0, width, x_MD, strips)
+        else:
+            signs_DW = self._joined(tuple(names), role, x_MD, strips)
+        return self._product(signs_DW, strips, x_MD).unbind(dim=1)
+
+    def _product(self, signs_DW: Tensor, strips: int, x_MD: Tensor) -> Tensor:
+        """[s, units, G, c, M]."""
+        part = x_MD.shape[1] // strips
+        parts_sdM = x_MD.view(-1, strips, part).permute(1, 2, 0)
+        projected_sWM = torch.bmm(signs_DW.view(strips, part, -1).mT, parts_sdM)
+        # Tokens last: the outer products sum over them, and arranging long runs is cheap.
+        return projected_sWM.view(strips, -1, self.groups, self.rank // strips, len(x_MD))
 
     def columns(self, name: str, role: str, columns: Tensor, strips: int = 1) -> Tensor:
         """int8 [m, G, c]: the signs that stand in columns ``columns`` (int64 [m]) of one projection."""
@@ -63,11 +80,30 @@ class Projections:
 
     def matrix(self, name: str, role: str, start: int, stop: int, like: Tensor, strips: int = 1) -> Tensor:
         """The signs in columns [start, stop), as a [stop − start, G · c] matrix of ``like``'s dtype and device."""
-        key = (name, role, start, stop, strips, like.device)
+        key = (name, role, start, stop, strips, like.device, like.dtype)
         kept = self._kept.get(key)
         if kept is None:
-            kept = self.columns(name, role, torch.arange(start, stop, device=like.device), strips).flatten(1)
-            if kept.numel() <= self._free:
-                self._free -= kept.numel()
-                self._kept[key] = kept
-        return kept.to(like.dtype)
+            columns = torch.arange(start, stop, device=like.device)
+            kept = self._keep(key, self.columns(name, role, columns, strips).flatten(1), like.dtype)
+        return kept if kept.dtype == like.dtype else kept.to(like.dtype)
+
+    def _joined(self, names: tuple[str, ...], role: str, like: Tensor, strips: int) -> Tensor:
+        """Several units' matrices beside each other, kept in the place of the single ones."""
+        width, key = like.shape[1], (names, role, strips, like.device, like.dtype)
+        kept = self._kept.get(key)
+        if kept is None:
+            joined = torch.cat([self.matrix(name, role, 0, width, like, strips) for name in names], dim=1)
+            for name in names:
+                single = self._kept.pop((name, role, 0, width, strips, like.device, like.dtype), None)
+                self._free += 0 if single is None else single.nbytes
+            kept = self._keep(key, joined, like.dtype)
+        return kept if kept.dtype == like.dtype else kept.to(like.dtype)
+
+    def _keep(self, key: tuple[Any, ...], signs_DW: Tensor, dtype: torch.dtype) -> Tensor:
+        used = signs_DW.to(dtype)
+        kept = used if self._free - used.nbytes >= self._as_bytes_below else signs_DW.to(torch.int8)
+        if kept.nbytes > self._free:
+            return used
+        self._free -= kept.nbytes
+        self._kept[key] = kept
+        return kept

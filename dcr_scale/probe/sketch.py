@@ -9,6 +9,8 @@ Shape suffixes: B rows of the micro-batch, L their longest, M rows of a product,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,20 +46,27 @@ class SketchSink(Sink):
     def begin(self, rows: int) -> None:
         self.rows = slice(self.rows.stop, self.rows.stop + rows)
 
-    def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
-        columns = unit.shape[1]
+    def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
+        columns = units[0].shape[1]
         draw = self.projections
-        strips = draw.strips(columns)
-        if unit.weight:
-            projected = draw.project(unit.name, "in", inputs_MD)
-        else:
-            projected = inputs_MD.new_zeros(len(inputs_MD), strips, draw.groups, draw.rank // strips)
-        if unit.bias:
-            # The bias is one more column of the weight, and its input is 1. All rows read it, where a strip's rows are
-            # one in s: it weighs 1/√s of an entry of theirs.
-            last_1W = draw.matrix(unit.name, "in", columns, columns + 1, inputs_MD)
-            projected = projected + last_1W.view(draw.groups, -1, strips).movedim(2, 0) * strips**-0.5
-        return projected
+        weights = [unit.name for unit in units if unit.weight]
+        by_weight = iter(draw.project_each(weights, "in", inputs_MD) if weights else ())
+        entered = []
+        for unit in units:
+            if unit.weight:
+                projected = next(by_weight)
+            else:
+                strips = draw.strips(columns)
+                projected = inputs_MD.new_zeros(strips, draw.groups, draw.rank // strips, len(inputs_MD))
+            if unit.bias:
+                # The bias is one more column of the weight, and its input is 1. All rows read it, where a strip's rows
+                # are one in s: it weighs 1/√s of an entry of theirs.
+                strips = len(projected)
+                last_1W = draw.matrix(unit.name, "in", columns, columns + 1, inputs_MD)
+                signs_sGc1 = last_1W.view(draw.groups, -1, strips).movedim(2, 0)[..., None]
+                projected = projected + signs_sGc1 * strips**-0.5
+            entered.append(projected)
+        return entered
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
         project = self.projections.project
@@ -65,18 +74,15 @@ class SketchSink(Sink):
             delta = project(unit.name, "out", delta_MD)
         else:
             width = delta_MD.shape[1]
-            delta = torch.cat(
-                [
-                    project(unit.name, "out", delta_MD[start:stop], expert * width)
-                    for expert, start, stop in routing.spans
-                ]
-            )
-            delta, kept = delta[routing.inverse], kept[routing.inverse]
+            each = [
+                project(unit.name, "out", delta_MD[start:stop], expert * width) for expert, start, stop in routing.spans
+            ]
+            delta, kept = torch.cat(each, dim=-1)[..., routing.inverse], kept[..., routing.inverse]
         self._outer(unit, delta, kept, layout)
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
         met, which = ids_T.unique(return_inverse=True)
-        tokens = self.projections.columns(unit.name, "in", met)[which, None].to(delta_TD.dtype)
+        tokens = self.projections.columns(unit.name, "in", met)[which].movedim(0, -1)[None].to(delta_TD.dtype)
         self._outer(unit, self.projections.project(unit.name, "out", delta_TD), tokens, layout)
         if self.meets is not None and unit.parameter is self._head.weight:
             delta_BLD, probes_BLR = layout.rows(delta_TD.float()), layout.rows(self._head.at_tokens(ids_T))
@@ -84,7 +90,8 @@ class SketchSink(Sink):
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
         rows, columns = unit.shape
-        padded = torch.nn.functional.pad(gradient_BD, (0, rows * columns - gradient_BD.shape[1]))
+        missing = rows * columns - gradient_BD.shape[1]
+        padded = torch.nn.functional.pad(gradient_BD, (0, missing)) if missing else gradient_BD
         in_cW = self.projections.matrix(unit.name, "in", 0, columns, padded)
         out_rW = self.projections.matrix(unit.name, "out", 0, rows, padded)
         groups, rank = self.projections.groups, self.projections.rank
@@ -92,24 +99,24 @@ class SketchSink(Sink):
         self._add(unit, out_rW.view(rows, groups, rank).permute(1, 2, 0) @ half.permute(0, 2, 1, 3))
 
     def _outer(self, unit: Unit, delta: Tensor, inputs: Tensor, layout: TokenLayout) -> None:
-        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [M, s, G, c]."""
+        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [s, G, c, M]."""
         groups, rank = self.projections.groups, self.projections.rank
-        slots = len(delta) // layout.tokens
         # Rows take turns among the strips, so that the first ones of a projection are those of a smaller rank.
         if layout.cu_seqlens is not None and delta.is_cuda:
             # Groups as further segments: one launch for all of them.
-            ends = layout.cu_seqlens * slots
-            shift = torch.arange(groups, device=ends.device, dtype=ends.dtype)[:, None] * len(delta)
+            rows = delta.shape[-1]
+            ends = layout.cu_seqlens * (rows // layout.tokens)
+            shift = torch.arange(groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
             bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
-            flat = [x.permute(2, 0, 3, 1).reshape(-1, rank) for x in (delta, inputs)]
+            flat = [x.permute(1, 3, 2, 0).reshape(-1, rank) for x in (delta, inputs)]
             outer_GNpp = segment_outer(flat[0], flat[1], bounds).view(groups, -1, rank, rank)
             outer_BGpp = outer_GNpp.transpose(0, 1)[: len(layout.index)]
         else:
             # Groups as further rows. Neither einsum nor a broadcast matmul, which cost more than these small products.
-            sides = (layout.rows(x.float().unflatten(0, (-1, slots))) for x in (delta, inputs))
-            left, right = (x.permute(0, 4, 5, 3, 1, 2).reshape(-1, rank, x.shape[1] * slots) for x in sides)
+            split_BsGcL = [layout.split(x.float()) for x in (delta, inputs)]
+            left, right = (x.permute(0, 2, 3, 1, 4).reshape(-1, rank, x.shape[-1]) for x in split_BsGcL)
             outer_BGpp = torch.bmm(left, right.mT).view(-1, groups, rank, rank)
-        self._add(unit, outer_BGpp, delta.shape[1] * inputs.shape[1])
+        self._add(unit, outer_BGpp, len(delta) * len(inputs))
 
     def _add(self, unit: Unit, sketch_BGpp: Tensor, strips: int = 1) -> None:
         """``strips``: those of both sides, multiplied."""

@@ -161,8 +161,8 @@ class TailSizes(Sink):
         """√ω_l by unit name."""
         return {name: (self._squares[name] / pairs) ** 0.25 for name, pairs in self._pairs.items() if pairs}
 
-    def enter(self, unit: Unit, inputs_MD: Tensor, routing: Routing | None) -> Tensor:
-        return inputs_MD.sum()
+    def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
+        return [inputs_MD.sum()] * len(units)
 
     def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
         if unit.name not in self._tail:

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from dcr_scale.models.trunk import decoder_layers
 
 Kind = Literal["linear", "experts", "embedding", "vector"]
+# Of an input [..., D]: values [..., D], and what each row of them is multiplied by [..., 1]; None: by 1.
+Factor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -186,12 +189,28 @@ def folded(length: int) -> tuple[int, int]:
     return -(-length // columns), columns
 
 
-def elementwise_factors(module: nn.Module, example: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+def lookup_scale(unit: Unit) -> Tensor:
+    """What an embedding module multiplies its vectors by (Gemma's do): its forward pass over a table of ones.
+
+    Raises ValueError where the module does more than look up and scale.
+    """
+    module = unit.module
+    ones = torch.ones(1, unit.shape[0], device=unit.parameter.device)
+    clone = copy.copy(module)
+    clone.__dict__ = {**module.__dict__, "_parameters": {"weight": ones}, "padding_idx": None}
+    scaled = type(module).forward(clone, torch.zeros(1, dtype=torch.long, device=ones.device))
+    if scaled.shape != ones.shape or not torch.allclose(scaled, scaled[0, 0]):
+        raise ValueError(f"{unit.name}: {type(module).__name__} does more than look up and scale its vectors")
+    return scaled[0, 0]
+
+
+def elementwise_factors(module: nn.Module, example: Tensor) -> dict[str, Factor]:
     """For each vector parameter v of an affine element-wise module, the factor ∂y/∂v as a function of its input.
 
     Norms come in several forms (weight · x̂, (1 + weight) · x̂, with and without a bias). All are affine in their
     vectors, so the factor is the module's output with v = 1, less that with v = 0, every other vector zero. The
-    module itself computes it, through a copy that holds those constants. ``example``: any input [..., D].
+    module itself computes it, through a copy that holds those constants; for a factor that proves to be the input over
+    its root mean square, that formula does, in one read of the input. ``example``: any input [..., D].
 
     Raises ValueError where the module's output is not affine in its vectors, element by element.
     """
@@ -224,4 +243,20 @@ def elementwise_factors(module: nn.Module, example: Tensor) -> dict[str, Callabl
             affine = False
     if not affine:
         raise ValueError(f"{type(module).__name__} is not an element-wise affine function of its {' and '.join(keys)}")
-    return {key: lambda x, key=key: factor(key, x, zero) for key in keys}
+    rules: dict[str, Factor] = {key: lambda x, key=key: (factor(key, x, zero), None) for key in keys}
+    epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if epsilon is not None:
+        by_formula = partial(_over_root_mean_square, epsilon)
+        # Small inputs tell where epsilon goes, and how large it is.
+        inputs = torch.stack([x, epsilon**0.5 * x])
+        normalised = torch.mul(*by_formula(inputs))
+        for key in keys:
+            if torch.allclose(normalised, factor(key, inputs, zero), rtol=1e-5, atol=1e-6):
+                rules[key] = by_formula
+    return rules
+
+
+def _over_root_mean_square(epsilon: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square() / x.shape[-1]
+    return x, (mean_square + epsilon).rsqrt()
