@@ -240,8 +240,7 @@ class Aligner:
 
     def _check_logits(self, batch: Pack) -> Tensor:
         """Logits [T, V] of a (short) pack, without gradients or dropout."""
-        self.engine.train(False)
-        with torch.no_grad():
+        with self.engine.forward_only(training=False):
             return self.engine(batch, torch.arange(batch.layout.tokens, device=self.world.device))
 
 

@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -233,23 +235,25 @@ class Engine:
             offload.param_coordinator = training
 
     @contextmanager
-    def forward_only(self) -> Iterator[None]:
-        """Passes inside the context keep no gradients, and belong to the step that follows: dropout is on.
+    def forward_only(self, *, training: bool) -> Iterator[None]:
+        """Passes inside the context keep no gradients. ``training``: dropout is on, as in the step they belong to.
 
         They have a trace of their own, by which DeepSpeed gathers parameters ahead: mixed with the other passes'
-        neither would hold.
+        neither would hold. Afterwards the module trains on.
         """
         offload = self._optimizer.parameter_offload
-        training = offload.param_coordinator
+        usual = offload.param_coordinator
         if self._forward_coordinator is None:
-            self._forward_coordinator = untraced(training)
+            self._forward_coordinator = untraced(usual)
         offload.param_coordinator = self._forward_coordinator
+        self.train(training)
         try:
             with torch.no_grad():
                 yield
         finally:
+            self.train(True)
             offload.param_coordinator.release_backward_leftovers()
-            offload.param_coordinator = training
+            offload.param_coordinator = usual
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients. ``last`` marks the micro-step after which :meth:`step` follows."""
@@ -383,8 +387,10 @@ def mark_leaves(module: nn.Module) -> None:
     """Have ZeRO-3 gather a block of experts at once where each expert is a module.
 
     Tokens take ranks through different experts, and gathering one by one they would wait for each other for ever.
-    Experts that transformers fuses into 3-D parameters are one module as they are.
+    Experts that transformers fuses into 3-D parameters are one module as they are. The blocks that DeepSpeed marks by
+    itself, when it takes a module over, are marked here already: plans are made without that.
     """
+    apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig())
     for block in module.modules():
         if any("expert" in name and isinstance(child, nn.ModuleList) for name, child in block.named_children()):
             deepspeed.utils.set_z3_leaf_module(block, True)

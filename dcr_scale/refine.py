@@ -224,7 +224,7 @@ class Refiner:
         first pass keeps rows alone, a second one, pack by pack, takes each pack's own gradients back through the trunk,
         as ordinary accumulation.
         """
-        with self.engine.forward_only():
+        with self.engine.forward_only(training=True):
             rows = [self._pooled(part, self._forward(part)) for part in parts]
         pooled_ND = torch.cat(rows).requires_grad_()
         loss = self._contrastive(pooled_ND, [i for part in parts for i in part.contrast])
@@ -320,11 +320,8 @@ class Refiner:
 
     def activations(self, batch: Pack) -> Tensor:
         """The trunk's output [T, D] for a pack, without gradients or dropout."""
-        self.engine.train(False)
-        with torch.no_grad():
-            hidden_TD = self.engine(batch)
-        self.engine.train(True)
-        return hidden_TD
+        with self.engine.forward_only(training=False):
+            return self.engine(batch)
 
     def changed(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that were trained, by the names they have in the whole model."""

@@ -223,7 +223,7 @@ def test_passes_without_gradients_may_come_first(start: Callable[..., engines.En
     engine = start(precision="fp32")
     expected = float(sum(range(1, 7)) + 6)
     for _ in range(3):
-        with engine.forward_only():
+        with engine.forward_only(training=True):
             assert not engine(1.0, 0.0).requires_grad
         with engine.aside():
             engine(1.0, 0.0)

@@ -88,8 +88,10 @@ def storage_of(tensor: Tensor) -> int:
 
 def _rows_at_once(head: nn.Linear) -> int:
     rows = max(1, _AT_ONCE // head.out_features)
+    # Not head.weight: asked for outside the head's own forward pass, ZeRO-3 would keep it gathered through the model's.
+    trains = dict(head.named_parameters(recurse=False))["weight"].requires_grad
     # Every part adds to a gradient of the weight's size. So many rows, and their products take longer than that.
-    return max(rows, head.in_features // 4) if head.weight.requires_grad else rows
+    return max(rows, head.in_features // 4) if trains else rows
 
 
 @contextmanager

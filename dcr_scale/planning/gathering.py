@@ -5,32 +5,35 @@ next ones need ahead of it up to ``stage3_prefetch_bucket_size``, and lets go of
 unless they are needed again within ``stage3_max_reuse_distance`` elements. With gradient checkpointing that keeps part
 of a layer from its recomputation to its backward pass. The rules are those of DeepSpeed 0.19's
 ``PartitionedParameterCoordinator``, as far as they are followed here: bytes sent and the peak are those that tests
-count. But a run whose held-out evaluation is a single pass keeps the last layers from the forward to the backward pass,
-and where ``engine.max_live`` is a few layers the peak can then be a fifth off.
+count.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dcr_scale.config import EngineConfig
-from dcr_scale.planning.modules import ModuleList, Parameter, Use
+from dcr_scale.planning.modules import Call, ModuleList, Parameter
 
 
 @dataclass(frozen=True)
 class Visit:
-    """A module fetches its parameters, and lets go of them when it has run, or later where ``releases`` is False.
+    """A module fetches ``parameters`` as it begins.
 
-    ``dropped``: parameters that go then too, however soon they are needed again.
+    ``released``: what is let go of when it has run, unless it is needed again soon: its own, and those of modules
+    around it that end with it. ``dropped``: what goes then however soon it is needed again. ``within``: parameters of
+    the module and of all it calls. ``leaf``: it is gathered whole, and how soon its parameters are needed again counts
+    all that the visits after it hold within.
     """
 
-    parameters: tuple[Parameter, ...]
-    releases: bool = True
+    parameters: tuple[Parameter, ...] = ()
+    released: tuple[Parameter, ...] = ()
     dropped: tuple[Parameter, ...] = ()
+    within: tuple[Parameter, ...] = ()
+    leaf: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def persistent(modules: ModuleList, settings: EngineConfig) -> set[int]:
 
 
 def forward(modules: ModuleList) -> list[Visit]:
-    return [Visit(use.parameters) for use in modules.uses]
+    """The modules' visits in the forward pass; the first is the one around the model, which the stage adds."""
+    return [Visit(within=modules.root.within), *(visit for _, visit in _visits(modules.root, backward=False))]
 
 
 def backward(modules: ModuleList, *, checkpointing: bool) -> list[Visit]:
@@ -81,35 +85,58 @@ def backward(modules: ModuleList, *, checkpointing: bool) -> list[Visit]:
 
     Every module of a layer has one, which is one matrix or three too many in the first layer above frozen ones.
     """
-    before, layers, after = _by_layer(modules.uses)
-    visits = [Visit(use.parameters) for use in reversed(after)]
-    for layer in reversed(layers):
+    around, layers, below = _by_layer(_visits(modules.root, backward=True))
+    visits = [Visit(within=modules.root.within), *(visit for _, visit in around)]
+    for layer in layers:
         if checkpointing:
             # The last module's backward pass begins, and finds that its input must be computed anew. That ends inside
             # the same module, as soon as its input is there.
-            last = layer.pop()
-            visits.append(Visit(last.parameters, releases=False))
-            visits += [Visit(use.parameters) for use in layer]
-            # DeepSpeed holds the module to account for the frozen parameters that its recomputation fetched.
-            frozen = tuple(p for use in [*layer, last] for p in use.parameters if not p.trained)
-            visits.append(Visit(last.parameters, dropped=frozen))
-        visits += [Visit(use.parameters) for use in reversed(layer)]
+            first = next(i for i, (call, _) in enumerate(layer) if not call.calls)
+            last = layer[first][1]
+            visits += [visit for _, visit in layer[:first]]
+            visits.append(replace(last, released=()))
+            again = [visit for _, visit in _visits(layer[0][0], backward=False)][1:]
+            # DeepSpeed holds that module to account for the frozen parameters that its recomputation fetched.
+            frozen = tuple(p for visit in again for p in visit.parameters if not p.trained)
+            visits += [replace(visit, released=_without(visit.released, frozen)) for visit in again[:-1]]
+            visits.append(replace(last, dropped=frozen))
+            layer = layer[first + 1 :]
+        visits += [visit for _, visit in layer]
     # transformers lets a gradient flow through the embedding's output where layers are recomputed.
-    reached = [use for use in before if checkpointing or any(p.trained for p in use.parameters)]
-    return visits + [Visit(use.parameters) for use in reversed(reached)]
+    return visits + [visit for call, visit in below if any(checkpointing or p.trained for p in call.parameters)]
 
 
-def _by_layer(uses: Iterable[Use]) -> tuple[list[Use], list[list[Use]], list[Use]]:
-    """The modules before the layers, those of each layer, and those after."""
-    before: list[Use] = []
-    after: list[Use] = []
-    layers: dict[int, list[Use]] = {}
-    for use in uses:
-        if use.layer is not None:
-            layers.setdefault(use.layer, []).append(use)
+def _visits(call: Call, *, backward: bool) -> list[tuple[Call, Visit]]:
+    """A call and all within it, each with its visit, in the order they begin."""
+    if not call.calls:
+        return [(call, Visit(call.parameters, call.parameters, within=call.within, leaf=call.leaf))]
+    inside = [pair for child in call.calls[:: -1 if backward else 1] for pair in _visits(child, backward=backward)]
+    if call.parameters:
+        # In use until the last call within has returned, also those that a call within fetches by itself.
+        held = [replace(visit, released=_without(visit.released, call.parameters)) for _, visit in inside]
+        held[-1] = replace(held[-1], released=held[-1].released + call.parameters)
+        inside = [(inner, visit) for (inner, _), visit in zip(inside, held, strict=True)]
+    return [(call, Visit(call.parameters, within=call.within)), *inside]
+
+
+def _without(parameters: tuple[Parameter, ...], others: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    return tuple(p for p in parameters if p not in others)
+
+
+_Visits = list[tuple[Call, Visit]]
+
+
+def _by_layer(visits: _Visits) -> tuple[_Visits, list[_Visits], _Visits]:
+    """Those of a backward pass: around and above the layers, of each layer, and below them."""
+    layers: dict[int, _Visits] = {}
+    around: _Visits = []
+    below: _Visits = []
+    for call, visit in visits:
+        if call.layer is not None:
+            layers.setdefault(call.layer, []).append((call, visit))
         else:
-            (after if layers else before).append(use)
-    return before, list(layers.values()), after
+            (below if layers else around).append((call, visit))
+    return around, list(layers.values()), below
 
 
 class Coordinator:
@@ -117,17 +144,17 @@ class Coordinator:
 
     Args:
         order: the visits of a whole pass: the forward ones, and the backward ones if there are any.
-        forward: how many are forward ones. DeepSpeed 0.19 remembers what to let go of after each from a stage's first
-            passes, which are forward alone, and so never keeps a parameter from there to the backward pass.
         whole: numbers of the parameters that are never partitioned.
         settings: the engine's, for what is fetched ahead and how much may be there at once.
     """
 
-    def __init__(self, order: list[Visit], whole: set[int], settings: EngineConfig, world_size: int, *, forward: int):
-        self.order, self.settings, self.world_size, self.forward = order, settings, world_size, forward
+    def __init__(self, order: list[Visit], whole: set[int], settings: EngineConfig, world_size: int):
+        self.order, self.settings, self.world_size = order, settings, world_size
         self.whole = whole
         # Elements that the visits before each have gone through, and where each parameter is visited.
-        self._passed = list(accumulate((sum(p.numel for p in visit.parameters) for visit in order), initial=0))
+        # No leaf's count: DeepSpeed looks inside those for other leaves alone.
+        own = (0 if visit.leaf else sum(p.numel for p in visit.parameters) for visit in order)
+        self._passed = list(accumulate(own, initial=0))
         self._visits: dict[int, list[int]] = {}
         for step, visit in enumerate(order):
             for p in visit.parameters:
@@ -159,13 +186,12 @@ class Coordinator:
                 if self._absent(p):
                     chosen[p.number] = p
             counted += self._fetch(list(chosen.values()))
-            if visit.releases:
-                for p in visit.parameters:
-                    awaited = step + 1 < last_fetched[p.number] < self._known(step)
-                    if p.number in self._there and not awaited and not self._used_soon(p, step):
-                        counted -= self._there.pop(p.number)
-                for p in visit.dropped:
-                    counted -= self._there.pop(p.number, 0)
+            for p in visit.released:
+                awaited = last_fetched[p.number] > step + 1
+                if p.number in self._there and not awaited and not self._used_soon(p, step):
+                    counted -= self._there.pop(p.number)
+            for p in visit.dropped:
+                counted -= self._there.pop(p.number, 0)
 
     def _absent(self, parameter: Parameter) -> bool:
         return parameter.number not in self.whole and parameter.number not in self._there
@@ -184,15 +210,18 @@ class Coordinator:
 
     def _used_soon(self, parameter: Parameter, step: int) -> bool:
         """Whether a visit within the reuse distance after ``step`` needs the parameter."""
+        if self.order[step].leaf:
+            passed = 0
+            for visit in self.order[step + 1 :]:
+                if passed >= self.settings.max_live or parameter in visit.within:
+                    return passed < self.settings.max_live
+                passed += sum(p.numel for p in visit.within)
+            return False
         steps = self._visits[parameter.number]
         later = bisect_right(steps, step)
-        if later == len(steps) or steps[later] >= self._known(step):
+        if later == len(steps):
             return False
         return self._passed[steps[later]] - self._passed[step + 1] < self.settings.max_live
-
-    def _known(self, step: int) -> int:
-        """Up to which visit what follows counts after this one."""
-        return self.forward if step < self.forward else len(self.order)
 
 
 def _in_order(parameters: tuple[Parameter, ...]) -> list[Parameter]:

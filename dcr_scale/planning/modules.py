@@ -1,4 +1,4 @@
-"""A model as ZeRO-3 sees it: modules that hold parameters, in the order they run, each with its parameters' sizes.
+"""A model as ZeRO-3 sees it: its modules in the order they run, and the sizes of the parameters each holds.
 
 Everything is built on the meta device: names and shapes, no memory.
 """
@@ -6,15 +6,20 @@ Everything is built on the meta device: names and shapes, no memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 
 import torch
+from deepspeed.utils import z3_leaf_module
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale import config as settings_tree
 from dcr_scale.align import linear_layers
 from dcr_scale.config import AlignConfig, RefineConfig
+from dcr_scale.engine import mark_leaves
 from dcr_scale.models.trunk import Trunk, build_skeleton, decoder_layers
 from dcr_scale.refine import trains_embeddings
 
@@ -37,9 +42,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Use:
-    """A module that holds parameters itself, which ZeRO-3 gathers when it runs. ``layer``: the decoder layer it is
-    part of, None outside them; ``kind``: linear, experts, embedding or other; ``share``: the part of its parameters
-    that one token is multiplied with, below 1 for experts of which few are routed to."""
+    """A module that holds parameters itself. ``layer``: the decoder layer it is part of, None outside them; ``kind``:
+    linear, experts, embedding or other; ``share``: the part of its parameters that one token is multiplied with, below
+    1 for experts of which few are routed to."""
 
     parameters: tuple[Parameter, ...]
     layer: int | None
@@ -48,11 +53,30 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A module's forward pass: the parameters that ZeRO-3 gathers for it, and the modules it calls, in that order.
+
+    ``parameters`` are its own; those of all modules inside too where it is a ``leaf`` to ZeRO-3, as a block of experts.
+    ``within``: with those of all it calls. ``layer``: the decoder layer it is, or is part of; None outside them.
+    """
+
+    parameters: tuple[Parameter, ...]
+    layer: int | None
+    calls: tuple[Call, ...]
+    leaf: bool
+
+    @cached_property
+    def within(self) -> tuple[Parameter, ...]:
+        return tuple(dict.fromkeys((*self.parameters, *(p for call in self.calls for p in call.within))))
+
+
+@dataclass(frozen=True)
 class ModuleList:
-    """A model's parameters, each once, and its modules in the order they run forward."""
+    """A model's parameters, each once, its modules that hold any, and how they call each other."""
 
     parameters: tuple[Parameter, ...]
     uses: tuple[Use, ...]
+    root: Call
     layers: int
 
     @property
@@ -139,18 +163,47 @@ def list_modules(model: nn.Module, config: PretrainedConfig, base: set[int] | No
         elif any(p.dim() == 2 for p in own):
             kind = "linear"  # routers, which transformers writes as modules of their own
         uses.append(Use(tuple(known[id(p)] for p in own), layer_of.get(id(module)), kind, share))
-    return ModuleList(tuple(known.values()), tuple(_in_running_order(uses)), len(stack))
+    mark_leaves(model)
+    (root,) = _calls(model, known, layer_of)
+    return ModuleList(tuple(known.values()), tuple(uses), root, len(stack))
 
 
-def _in_running_order(uses: list[Use]) -> list[Use]:
-    """Modules list what they consist of, which is the order it runs in but for norms: those run ahead of the matrices
-    that they stand beside."""
-    layers = [number for number in dict.fromkeys(use.layer for use in uses) if number is not None]
-    first = next(i for i, use in enumerate(uses) if use.layer is not None)
-    inside = [use for number in layers for use in sorted(
-        (use for use in uses if use.layer == number), key=lambda use: use.kind != "other"
-    )]  # fmt: skip
-    return uses[:first] + inside + [use for use in uses[first:] if use.layer is None]
+def _calls(module: nn.Module, known: dict[int, Parameter], layer_of: dict[int, int]) -> list[Call]:
+    """The call of a module, or of those that it lists where it is a mere list of modules.
+
+    Modules list what they consist of, which is the order it runs in, but for two: norms, which run around what they
+    are listed after; and what holds nothing and is listed last (an activation function, rotary embeddings), which runs
+    after the first.
+    """
+    layer, leaf = layer_of.get(id(module)), z3_leaf_module(module)
+    inside = [] if leaf else [call for child in module.children() for call in _calls(child, known, layer_of)]
+    if type(module).forward is nn.Module.forward:
+        return inside
+    if layer is not None:
+        inside = _norms_between(inside)
+    if inside and not inside[-1].parameters and not inside[-1].calls:
+        inside.insert(1, inside.pop())
+    parameters = tuple(known[id(p)] for p in module.parameters(recurse=leaf))
+    if isinstance(module, LoraLayer):
+        # peft asks the first factor for its dtype on the way in, and DeepSpeed takes that for a use by this module.
+        parameters += tuple(known[id(factor.weight)] for factor in module.lora_A.values())
+    return [Call(parameters, layer, tuple(inside), leaf)]
+
+
+def _norms_between(calls: list[Call]) -> list[Call]:
+    """A layer's norms before its blocks, or before and after them; an attention's after the matrices they follow."""
+    norms = [call for call in calls if call.parameters and not any(p.matrix for p in call.parameters)]
+    others = [call for call in calls if call not in norms]
+    if not norms or not others:
+        return calls
+    if not any(call.calls for call in others):
+        return [call for pair in zip_longest(others, norms) for call in pair if call is not None]
+    each, more = divmod(len(norms), len(others))
+    ordered, norms = norms[:more], norms[more:]
+    for number, block in enumerate(others):
+        own = norms[each * number : each * (number + 1)]
+        ordered += [*own[:1], block, *own[1:]]
+    return ordered
 
 
 def _experts(text: PretrainedConfig) -> int | None:

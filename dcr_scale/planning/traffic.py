@@ -36,12 +36,12 @@ def step_gathers(
     """Gathers of one optimiser step: ``twice`` puts a forward pass before every micro-step, which has no backward."""
     whole = persistent(modules, settings)
     there, back = forward(modules), backward(modules, checkpointing=checkpointing)
-    training = Coordinator(there + back, whole, settings, world_size, forward=len(there))
+    training = Coordinator(there + back, whole, settings, world_size)
     for _ in range(micro_steps):
         training.run()
     found = training.gathers()
     if twice:
-        first = Coordinator(there, whole, settings, world_size, forward=len(there))
+        first = Coordinator(there, whole, settings, world_size)
         for _ in range(micro_steps):
             first.run()
         found = found.beside(first.gathers())

@@ -34,7 +34,8 @@ def save_checkpoint(folder: Path, config: PretrainedConfig) -> Path:
 def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     """On each rank: a run, and of each of its stages the bytes. Those of a step are the last step's.
 
-    ``held`` by part after the update, ``gathered`` elements at most, ``sent`` by collectives in the step, ``kept`` by
+    ``held`` by part after the update, ``gathered`` elements at most, ``gathers`` how many, ``foreign`` the parameters
+    that ZeRO-3 gathers for modules other than their own, by name, ``sent`` by collectives in the step, ``kept`` by
     autograd in each of its forward passes together with the pack's layout, ``reduced`` elements in the largest copy
     for a reduction; ``loaded``, ``copied`` and ``exported`` from and to files, weights alone. ``peak``: of all tensors'
     memory at once, from the stage's first pass to its last update.
@@ -137,8 +138,9 @@ class Counts:
         fetch = getattr(PartitionedParameterCoordinator, fetch_name)
         modules: list[torch.nn.Module] = []
 
-        def fetching(coordinator: Any, *args: Any, **named: Any) -> Any:
-            result = fetch(coordinator, *args, **named)
+        def fetching(coordinator: Any, fetched: Any, *args: Any, **named: Any) -> Any:
+            self._step["gathers"] += any(p.ds_status.name == "NOT_AVAILABLE" for p in fetched)
+            result = fetch(coordinator, fetched, *args, **named)
             there = sum(
                 p.ds_numel
                 for p in (p for module in modules for p in module.parameters())
@@ -165,7 +167,7 @@ class Counts:
         def stepping(engine: Engine, loss: float) -> Any:
             with record_function(f"{_MARK}{len(self.stages)}"):
                 result = step(engine, loss)
-            self.stages[-1] |= {"held": held_bytes(engine), **self._step}
+            self.stages[-1] |= {"held": held_bytes(engine), "foreign": foreign(engine.module), **self._step}
             modules.clear()  # a list that outlives the stage would keep it alive
             self._fresh()
             return result
@@ -192,7 +194,7 @@ class Counts:
         yield mock.patch.object(pipeline, "export_checkpoint", exporting)
 
     def _fresh(self) -> None:
-        self._step = {"sent": 0, "reduced": 0, "gathered": 0, "kept": []}
+        self._step = {"sent": 0, "reduced": 0, "gathered": 0, "gathers": 0, "kept": []}
 
 
 def moved() -> tuple[int, int]:
@@ -213,6 +215,11 @@ def held_bytes(engine: Any) -> dict[str, int]:
         "optimizer": distinct([*optimizer.fp32_partitioned_groups_flat, *moments]),
         "buckets": distinct([bucket.buffer for bucket in optimizer.ipg_buckets.values()]),
     }
+
+
+def foreign(module: torch.nn.Module) -> set[str]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(p)] for inner in module.modules() for _, p in inner.ds_external_parameters()}
 
 
 def distinct(tensors: list[torch.Tensor]) -> int:

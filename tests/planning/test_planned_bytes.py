@@ -36,12 +36,12 @@ CASES: dict[str, tuple[int, PretrainedConfig, list[str]]] = {
     "adapters": (
         2,
         LlamaConfig(**shape(160, 5, tie_word_embeddings=True)),
-        ["engine.precision=bf16", "model.gradient_checkpointing=true", "align.method=lora", "engine.max_live=200000"],
+        ["engine.precision=bf16", "model.gradient_checkpointing=true", "align.method=lora", "engine.max_live=150000"],
     ),
     "experts": (
         2,
         Qwen3MoeConfig(**shape(96, 4), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-        ["engine.precision=bf16", "engine.max_live=100000"],
+        ["engine.precision=bf16", "engine.max_live=150000"],
     ),
     "two-passes": (
         4,
@@ -84,8 +84,10 @@ def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> 
             assert kept == near(activations(planner, plan.name, prefix, lengths, responses))
         # The largest bucket of a step is seldom full.
         assert 0.6 * plan.memory.buckets < buckets < 1.1 * plan.memory.buckets
-        if len(counts) > 1:
-            assert count["gathered"] * element == near(plan.memory.gathered - plan.gathers.copied * element)
+        assert count["gathered"] == plan.gathers.peak
+        assert count["gathers"] == plan.gathers.collectives
+        # Held through the whole pass by what asked for it out of turn: peft its first factors, as the plan knows.
+        assert all(".lora_A." in name for name in count["foreign"])
     # The plan is of the rank that has most to do, and adds up what parts take at most, each at a moment of its own.
     assert plan.memory.total / 1.18 < max(count["peak"] for count in counts) < 1.1 * plan.memory.total
     total = {part: sum(count[part] for count in counts) for part in ("loaded", "copied", "exported")}
