@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from dcr_scale.study.analysis import Curve, rate
 from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
@@ -19,7 +20,7 @@ from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
 
-_LINES = {"dcr": "-", "stl": "--"}
+_LINES: dict[str, Any] = {"stl": "--", **dict(zip(CLAIMED, ("-", ":"), strict=True))}
 _PAIRS = {"cross": "#009E73", "within_toxic": "#D55E00", "within_seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
 _CLASSES = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
 
@@ -27,41 +28,48 @@ _CLASSES = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#7F7F7
 def training_curves(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Refusal probability and kernel similarity through both stages, as the paper's figures 1 and 3 have them.
 
-    ``records``: of one seed and share, by method STL without a stage 1 and DCR with one; those whose training was not
-    measured are left out.
+    ``records``: of one seed and share, of STL and of what is claimed; those whose training was not measured are left
+    out. A stage 1 that two methods share is drawn once.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", sharey="row", layout="constrained")
+    drawn: list[Any] = []
     for record in records:
         line = _LINES[record["cell"]["method"]]
-        title = METHODS[record["cell"]["method"]].title
         for column, stage in enumerate(("refine", "align")):
             curve = record["probe"].get(stage, {}).get("curve", [])
-            steps = [point["step"] for point in curve]
-            for label, colour in _CLASSES.items() if curve else ():
-                name = f"{title}, {label.replace('_', ' ')}"
-                _with_error(axes[0, column], steps, curve, f"refusal_probability/{label}", line, colour, name)
-            for kind, colour in _PAIRS.items() if curve else ():
-                name = f"{title}, {kind.replace('_', ' ')}"
-                _with_error(axes[1, column], steps, curve, f"kernel/{kind}", line, colour, name)
+            if not curve or curve in drawn:
+                continue
+            drawn.append(curve)
+            for row, (prefix, kinds) in enumerate((("refusal_probability", _CLASSES), ("kernel", _PAIRS))):
+                for kind, colour in kinds.items():
+                    _with_error(axes[row, column], curve, f"{prefix}/{kind}", line, colour)
     for column, what in enumerate(("stage 1", "stage 2")):
         axes[1, column].set_xlabel(f"steps of {what}")
     axes[0, 0].set_ylabel("refusal probability")
     axes[1, 0].set_ylabel("kernel similarity")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    for row in axes:
-        row[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    beside: dict[str, Any] = {"frameon": False, "fontsize": 8}
+    for row, kinds in enumerate((_CLASSES, _PAIRS)):
+        handles = [Line2D([], [], color=colour, label=kind.replace("_", " ")) for kind, colour in kinds.items()]
+        axes[row, 1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), **beside)
+    shown = {record["cell"]["method"] for record in records}
+    handles = [
+        Line2D([], [], color="black", linestyle=line, label=METHODS[name].title)
+        for name, line in _LINES.items()
+        if name in shown
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **beside)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _with_error(
-    axis: Any, steps: Sequence[int], curve: Sequence[Mapping[str, Any]], key: str, line: str, colour: str, name: str
-) -> None:
+def _with_error(axis: Any, curve: Sequence[Mapping[str, Any]], key: str, line: str, colour: str) -> None:
     if key not in curve[0]:
         return
+    steps = [point["step"] for point in curve]
     values, errors = ([math.nan if (v := point[k]) is None else v for point in curve] for k in (key, f"{key}_stderr"))
-    axis.plot(steps, values, line, color=colour, label=name, linewidth=1.5)
+    axis.plot(steps, values, line, color=colour, linewidth=1.5)
     low, high = [[v + by * e for v, e in zip(values, errors, strict=True)] for by in (-1, 1)]
     axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
 

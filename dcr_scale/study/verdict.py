@@ -16,6 +16,8 @@ GOAL = 0.75
 # Perplexity on held-out general answers may be higher by so much.
 _PERPLEXITY = 1.01
 Answer = tuple[str, str, str]
+# A method, a stage, and its ``first`` or ``last`` measurement.
+Moment = tuple[str, str, str]
 
 
 def verdict(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]], method: str = "dcr") -> list[Answer]:
@@ -79,32 +81,39 @@ def _perplexity(records: Sequence[Mapping[str, Any]], method: str) -> Answer:
 
 
 def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:
+    untrained, refined, aligned = (method, "refine", "first"), (method, "refine", "last"), (method, "align", "last")
+    stl = "stl", "align", "last"
     return [
-        _change("kernel similarity of matched pairs falls in stage 1", records, method, "refine", "refine", falls=True),
-        _change("is lower after stage 2 than before stage 1", records, method, "refine", "align", falls=True),
-        _change("does not fall under STL", records, "stl", "align", "align", falls=False),
+        _change("kernel similarity of matched pairs falls in stage 1", records, untrained, refined, falls=True),
+        _change("is lower after stage 2 than before stage 1", records, untrained, aligned, falls=True),
+        _change("is lower after stage 2 than under STL", records, stl, aligned, falls=True),
+        _change("does not fall under STL", records, ("stl", "align", "first"), stl, falls=False),
     ]
 
 
-def _change(
-    goal: str, records: Sequence[Mapping[str, Any]], method: str, begins: str, ends: str, *, falls: bool
-) -> Answer:
-    """From the beginning of one stage to the end of another, by matched pairs of all seeds. Probes and projections are
-    the same at both ends, so that most of the estimates' own error cancels; the error shown is that over pairs."""
-    # All shares of a seed have one stage 1.
-    of_seed = {
-        record["cell"]["seed"]: record["probe"]
-        for record in records
-        if record["cell"]["method"] == method and all("cross" in record["probe"].get(s, {}) for s in (begins, ends))
-    }
+def _change(goal: str, records: Sequence[Mapping[str, Any]], before: Moment, after: Moment, *, falls: bool) -> Answer:
+    """From one moment of training to another, by matched pairs of the seeds that both have. Prompts, probes and
+    projections are the same in both, so that most of the estimates' own error cancels; what is shown is that over
+    pairs."""
+    first, last = _pairs(records, before), _pairs(records, after)
     changes = [
-        after - before
-        for probe in of_seed.values()
-        for before, after in zip(probe[begins]["cross"]["first"], probe[ends]["cross"]["last"], strict=True)
-        if before is not None and after is not None
+        y - x
+        for seed in first.keys() & last.keys()
+        for x, y in zip(first[seed], last[seed], strict=True)
+        if x is not None and y is not None
     ]
     if len(changes) < 2:
         return goal, "–", "not measured"
     mean, error = float(np.mean(changes)), float(np.std(changes, ddof=1) / len(changes) ** 0.5)
     said = "open" if abs(mean) <= 2 * error else "yes" if (mean < 0) == falls else "no"
     return goal, f"{mean:+.3f} ± {error:.3f}", said
+
+
+def _pairs(records: Sequence[Mapping[str, Any]], moment: Moment) -> dict[int, Sequence[float | None]]:
+    """Normalised kernel similarities of the matched pairs, by seed: all shares of a seed have one stage 1."""
+    method, stage, end = moment
+    return {
+        record["cell"]["seed"]: record["probe"][stage]["cross"][end]
+        for record in records
+        if record["cell"]["method"] == method and "cross" in record["probe"].get(stage, {})
+    }

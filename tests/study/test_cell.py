@@ -20,7 +20,7 @@ from dcr_scale.study import command, document, pictures
 from dcr_scale.study.cell import Study, judge_digest
 from dcr_scale.study.data import StudyData, builtin_data
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
-from dcr_scale.study.methods import METHODS
+from dcr_scale.study.methods import CLAIMED, METHODS
 from dcr_scale.study.verdict import _kernel
 
 
@@ -76,7 +76,8 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(
     for found in records[0]["probe"].values():
         assert [point["step"] for point in found["curve"]] == [0, 2]
         assert len(found["cross"]["first"]) == len(found["cross"]["last"]) == 2
-    pictures.training_curves(tmp_path / "curves.png", records)
+    measured = [{**records[0], "cell": {**records[0]["cell"], "method": name}} for name in ("stl", *CLAIMED)]
+    pictures.training_curves(tmp_path / "curves.png", [*measured, records[1]])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     record = records[0]
@@ -170,11 +171,12 @@ def test_the_verdict_says_what_the_error_bars_decide() -> None:
     dcr = probed_record("dcr", ("refine", before, between), ("align", between, [0.9, 0.6, 0.8, 0.1]))
     other_share = {**dcr, "cell": {"method": "dcr", "share": 0.25, "seed": 0}}
     stl_record = probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))
-    fallen, stayed, stl = _kernel([dcr, other_share, stl_record], "dcr")
+    fallen, stayed, below, stl = _kernel([dcr, other_share, stl_record], "dcr")
     assert fallen[1:] == ("-0.297 ± 0.003", "yes")
     assert stayed[2] == "open"
+    assert below[1:] == ("-0.152 ± 0.088", "open")
     assert stl[1:] == ("+0.103 ± 0.003", "yes")
-    assert [said for _, _, said in _kernel([], "dcr")] == ["not measured"] * 3
+    assert [said for _, _, said in _kernel([], "dcr")] == ["not measured"] * 4
 
 
 def test_a_study_of_our_own_prompts_leaves_out_what_needs_others(study: Study) -> None:
