@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -208,17 +209,25 @@ def test_a_step_has_as_many_packs_as_every_rank_can_fill() -> None:
 
 def test_parameters_stay_as_long_as_they_are_needed_soon() -> None:
     a, b, c = (Parameter(number, 10, True, True, False) for number in range(3))
-    order = [Visit((a,)), Visit((b,)), Visit((c,)), Visit((c,)), Visit((b,)), Visit((a,))]
 
-    def gathered(forward: int, **settings: int) -> int:
-        engine = EngineConfig(prefetch_bucket=0, **settings)
-        coordinator = Coordinator(order, set(), engine, 1, forward=forward)
+    def gathered(*order: Visit, **settings: int) -> int:
+        coordinator = Coordinator(list(order), set(), EngineConfig(prefetch_bucket=0, **settings), 1)
         coordinator.run()
         return coordinator.elements
 
-    assert gathered(6, max_live=1000) == 30
-    assert gathered(6, max_live=1) == 50, "only the two uses of c stand next to each other"
-    assert gathered(3, max_live=1000) == 60, "forward passes alone have decided what to let go of"
+    there_and_back = [Visit((p,), (p,)) for p in (a, b, c, c, b, a)]
+    assert gathered(*there_and_back, max_live=1000) == 30
+    assert gathered(*there_and_back, max_live=1) == 50, "only the two uses of c stand next to each other"
+    # Around b: a stays until b has run, and goes then unless it is needed again soon; dropped, it goes anyhow.
+    held = Visit((a,)), Visit((b,), (b, a))
+    assert gathered(*held, *held, max_live=1) == 30
+    assert gathered(*held, *held, max_live=1000) == 20
+    assert gathered(held[0], Visit((b,), (b,), dropped=(a,)), *held, max_live=1000) == 30
+    # Between c's two uses lie 10 elements, to a leaf those within them too.
+    between = Visit((a,), (a,), within=(a, b))
+    for leaf, expected in ((False, 20), (True, 30)):
+        visit = Visit((c,), (c,), within=(c,), leaf=leaf)
+        assert gathered(visit, between, replace(between, parameters=(), released=()), visit, max_live=15) == expected
 
 
 @pytest.mark.slow
