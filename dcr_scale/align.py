@@ -123,7 +123,6 @@ class Aligner:
     def run(self) -> Aligned:
         two = [example.ids for example in (self.examples * 2)[:2]]
         check_packing(self._check_logits, two, self.prefix, self.world.device)
-        self.engine.train(True)
         saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
         losses: list[float] = [] if saved is None else saved["losses"]
         if saved is None:
