@@ -39,6 +39,7 @@ from dcr_scale.own_answers import own_answers
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
 from dcr_scale.study.grid import SHARES, Cell, probed
+from dcr_scale.study.heldout_kernel import at_moments, heldout_pairs
 from dcr_scale.study.methods import METHODS, Method
 from dcr_scale.world import World, device_name, from_environment, versions
 
@@ -74,10 +75,12 @@ class Study:
         return self.records / f"{cell.name}.json"
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's record by today's judge, None where there is none. Raises UserError for one that was made by other
-        settings."""
+        """The cell's record by today's judge, None where there is none or something is not measured yet. Raises
+        UserError for one that was made by other settings."""
         record = self._recorded(cell)
-        return record if record is not None and record.get("judge") == judge_digest() else None
+        if record is None or record.get("judge") != judge_digest():
+            return None
+        return record if "kernel" in record or not probed(cell) else None
 
     def _recorded(self, cell: Cell) -> dict[str, Any] | None:
         path = self.record(cell)
@@ -122,6 +125,8 @@ class Study:
         kept = self.finished(cell)
         if kept is not None:
             return kept
+        # A record that lacks something is made anew, and took what it took before besides.
+        spent = (self._recorded(cell) or {}).get("seconds", {}).get("cell", 0.0)
         began = time.perf_counter()
         world = from_environment()
         kept = self._judged_anew(cell, world)
@@ -132,6 +137,8 @@ class Study:
         steering = self._steering(cell, trained)
         trained_at = time.perf_counter()
         found = self._judge(cell, trained, steering, world)
+        if probed(cell):
+            found["kernel"] = self._kernel(cell, trained)
         record = {
             "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
             "made_by": self.made_by(cell),
@@ -140,7 +147,7 @@ class Study:
             **found,
             "seconds": {
                 **facts["seconds"],
-                "cell": round(time.perf_counter() - began, 1),
+                "cell": round(spent + time.perf_counter() - began, 1),
                 "judge": round(time.perf_counter() - trained_at, 1),
             },
             "device": device_name(world.device),
@@ -163,7 +170,7 @@ class Study:
     def _judged_anew(self, cell: Cell, world: World) -> dict[str, Any] | None:
         """The record of an earlier judge with today's verdicts on the answers that are kept, where they all are."""
         record = self._recorded(cell)
-        if record is None or "weights" not in record:
+        if record is None or "weights" not in record or (probed(cell) and "kernel" not in record):
             return None
         kept = self._store(cell, record["weights"], world).kept(self.data.suites)
         if any(prompt.id not in kept for prompts in self.data.suites.values() for prompt in prompts):
@@ -299,6 +306,15 @@ class Study:
         """Stage 1's training prompts without its general ones, which other methods get as what they are."""
         data = self._data(self.data.contrast["without_general"], self.config(cell, stage=1))
         return list(load_contrast(data, cell.seed).train)
+
+    def _kernel(self, cell: Cell, trained: Path) -> dict[str, list]:
+        """Kernel similarity of held-out matched pairs at each moment that the cell's model goes through."""
+        moments = {"untrained": resolve(self.base.model)}
+        if METHODS[cell.method].contrast is not None:
+            moments["refined"] = self._refine(cell) / "refined"
+        moments["aligned"] = trained
+        pairs = heldout_pairs(self.config(cell, stage=2).data, cell.seed)
+        return at_moments(moments, _load, pairs, self.base.probe, self.work / "kernel")
 
     # --- judging -----------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ def write(records: Path, page: Path | None) -> str:
             "suites": by_suite(lines),
             "cost": cost(found),
             "failures": failures(lines, suites),
+            "moments": moments(found),
             "kernel": kernel(found),
             "setting": setting(found, suites),
         }
@@ -202,6 +203,19 @@ def failures(lines: Mapping[str, Curve], suites: Mapping[str, Any]) -> str:
             rows.append(
                 (suite, category or "–", f"{wrong:.1f}", f"{theirs[members].sum():.1f}", str(len(members)), ids)
             )
+    return _table(rows)
+
+
+def moments(records: Sequence[Mapping[str, Any]]) -> str:
+    """Mean kernel similarity of held-out matched pairs, untrained, after stage 1 and after stage 2."""
+    names = ("untrained", "refined", "aligned")
+    rows: list[tuple[str, ...]] = [("method", "seeds", "pairs", "untrained", "after stage 1", "after stage 2")]
+    for method in METHODS:
+        measured = [r["kernel"] for r in records if r["cell"]["method"] == method and "kernel" in r]
+        if measured:
+            values = [[x for kernel in measured for x in kernel.get(name, []) if x is not None] for name in names]
+            means = [f"{np.mean(found):.3f}" if found else "–" for found in values]
+            rows.append((METHODS[method].title, str(len(measured)), str(len(values[0])), *means))
     return _table(rows)
 
 

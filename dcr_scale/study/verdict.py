@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ GOAL = 0.75
 # Perplexity on held-out general answers may be higher by so much.
 _PERPLEXITY = 1.01
 Answer = tuple[str, str, str]
-# A method, a stage, and its ``first`` or ``last`` measurement.
-Moment = tuple[str, str, str]
+# A method, and what its model is then: untrained, refined (after stage 1) or aligned (after stage 2).
+Moment = tuple[str, str]
 
 
 def verdict(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]], method: str = "dcr") -> list[Answer]:
@@ -81,39 +82,67 @@ def _perplexity(records: Sequence[Mapping[str, Any]], method: str) -> Answer:
 
 
 def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:
-    untrained, refined, aligned = (method, "refine", "first"), (method, "refine", "last"), (method, "align", "last")
-    stl = "stl", "align", "last"
+    def change(goal: str, before: Moment, after: Moment, *, falls: bool) -> Answer:
+        found = kernel_change(records, before, after)
+        if found is None:
+            return goal, "–", "not measured"
+        said = "open" if abs(found.mean) <= 2 * found.error else "yes" if (found.mean < 0) == falls else "no"
+        return goal, str(found), said
+
+    untrained, refined, aligned = (method, "untrained"), (method, "refined"), (method, "aligned")
+    stl = "stl", "aligned"
     return [
-        _change("kernel similarity of matched pairs falls in stage 1", records, untrained, refined, falls=True),
-        _change("is lower after stage 2 than before stage 1", records, untrained, aligned, falls=True),
-        _change("is lower after stage 2 than under STL", records, stl, aligned, falls=True),
-        _change("does not fall under STL", records, ("stl", "align", "first"), stl, falls=False),
+        change("kernel similarity of matched pairs falls in stage 1", untrained, refined, falls=True),
+        change("is lower after stage 2 than before stage 1", untrained, aligned, falls=True),
+        change("is lower after stage 2 than under STL", stl, aligned, falls=True),
+        change("does not fall under STL", ("stl", "untrained"), stl, falls=False),
     ]
 
 
-def _change(goal: str, records: Sequence[Mapping[str, Any]], before: Moment, after: Moment, *, falls: bool) -> Answer:
-    """From one moment of training to another, by matched pairs of the seeds that both have. Prompts, probes and
-    projections are the same in both, so that most of the estimates' own error cancels; what is shown is that over
-    pairs."""
-    first, last = _pairs(records, before), _pairs(records, after)
-    changes = [
-        y - x
-        for seed in first.keys() & last.keys()
-        for x, y in zip(first[seed], last[seed], strict=True)
-        if x is not None and y is not None
-    ]
-    if len(changes) < 2:
-        return goal, "–", "not measured"
-    mean, error = float(np.mean(changes)), float(np.std(changes, ddof=1) / len(changes) ** 0.5)
-    said = "open" if abs(mean) <= 2 * error else "yes" if (mean < 0) == falls else "no"
-    return goal, f"{mean:+.3f} ± {error:.3f}", said
+@dataclass(frozen=True)
+class Change:
+    """A mean over ``pairs`` pairs of ``seeds`` seeds in all, and its standard error."""
+
+    mean: float
+    error: float
+    pairs: int
+    seeds: int
+
+    def __str__(self) -> str:
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{self.mean:+.3f} ± {self.error:.3f} ({self.pairs} pairs, {seeds})"
 
 
-def _pairs(records: Sequence[Mapping[str, Any]], moment: Moment) -> dict[int, Sequence[float | None]]:
-    """Normalised kernel similarities of the matched pairs, by seed: all shares of a seed have one stage 1."""
-    method, stage, end = moment
+def kernel_change(records: Sequence[Mapping[str, Any]], before: Moment, after: Moment) -> Change | None:
+    """How normalised kernel similarity of held-out matched pairs differs between two moments, by the seeds and pairs
+    that both have; None where there are fewer than two families of prompts.
+
+    Prompts, probes and projections are the same in both, so that most of the estimates' own error cancels; the standard
+    error is that over families, which seeds share in part: residuals of one family are added up before they are squared
+    (the cluster-robust error, Liang and Zeger 1986).
+    """
+    first, last = _by_family(records, before), _by_family(records, after)
+    changes = {key: last[key] - first[key] for key in first.keys() & last.keys()}
+    if not changes:
+        return None
+    mean = float(np.mean(list(changes.values())))
+    residuals: dict[str, float] = {}
+    for (_, family), change in changes.items():
+        residuals[family] = residuals.get(family, 0.0) + change - mean
+    if len(residuals) < 2:
+        return None
+    correction = len(residuals) / (len(residuals) - 1)
+    error = float(np.sqrt(correction * sum(value**2 for value in residuals.values()))) / len(changes)
+    return Change(mean, error, len(changes), len({seed for seed, _ in changes}))
+
+
+def _by_family(records: Sequence[Mapping[str, Any]], moment: Moment) -> dict[tuple[int, str], float]:
+    """Each measured pair's similarity, by seed and family."""
+    method, when = moment
     return {
-        record["cell"]["seed"]: record["probe"][stage]["cross"][end]
+        (record["cell"]["seed"], family): value
         for record in records
-        if record["cell"]["method"] == method and "cross" in record["probe"].get(stage, {})
+        if record["cell"]["method"] == method and when in record.get("kernel", {})
+        for family, value in zip(record["kernel"]["families"], record["kernel"][when], strict=True)
+        if value is not None
     }

@@ -9,19 +9,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toy import contrast_rows, general_rows, refusal_rows, toy_checkpoint, write_jsonl
 
 from dcr_scale import pipeline
-from dcr_scale.config import Config, load_config
+from dcr_scale.config import Config, ContrastSource, DataConfig, load_config
+from dcr_scale.data.contrast import load_contrast
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import Class, SuitePrompt
 from dcr_scale.study import command, document, pictures
 from dcr_scale.study.cell import Study, judge_digest
 from dcr_scale.study.data import StudyData, builtin_data
 from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
+from dcr_scale.study.heldout_kernel import heldout_pairs
 from dcr_scale.study.methods import CLAIMED, METHODS
-from dcr_scale.study.verdict import _kernel
+from dcr_scale.study.verdict import _kernel, kernel_change
 
 
 def suite(name: str, of_class: Class, text: str, response: str = "") -> list[SuitePrompt]:
@@ -76,6 +79,11 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(
     for found in records[0]["probe"].values():
         assert [point["step"] for point in found["curve"]] == [0, 2]
         assert len(found["cross"]["first"]) == len(found["cross"]["last"]) == 2
+    kernel = records[0]["kernel"]
+    assert set(kernel) == {"families", "untrained", "refined", "aligned"} and "kernel" not in records[1]
+    assert len(set(kernel["families"])) == len(kernel["aligned"]) >= 2
+    assert kernel["untrained"] != kernel["refined"] != kernel["aligned"]
+    assert "| DCR | 1 |" in document.moments(records)
     measured = [{**records[0], "cell": {**records[0]["cell"], "method": name}} for name in ("stl", *CLAIMED)]
     pictures.training_curves(tmp_path / "curves.png", [*measured, records[1]])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -138,7 +146,10 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
         name = Cell(**cell["cell"]).name
         (records / f"{name}.json").write_text(json.dumps(cell))
     page = tmp_path / "study.md"
-    names = ("verdict", "comparison", "along", "rivals", "points", "suites", "cost", "failures", "kernel", "setting")
+    names = (
+        "verdict", "comparison", "along", "rivals", "points", "suites", "cost", "failures", "moments", "kernel",
+        "setting",
+    )  # fmt: skip
     page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nstale\n<!-- /study:{n} -->\n" for n in names))
     table = document.write(records, page)
     text = page.read_text(encoding="utf-8")
@@ -157,26 +168,50 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
         document.write(records, page)
 
 
-def probed_record(method: str, *stages: tuple[str, list[float | None], list[float | None]]) -> dict:
+def kernel_record(method: str, seed: int = 0, **moments: list[float | None]) -> dict:
     return {
-        "cell": {"method": method, "share": 0.5, "seed": 0},
+        "cell": {"method": method, "share": 0.5, "seed": seed},
         "perplexity": {"estimate": 7.0},
-        "probe": {stage: {"cross": {"first": first, "last": last}} for stage, first, last in stages},
+        "probe": {},
+        "kernel": {"families": ["a", "b", "c", "d"], **moments},
     }
 
 
 def test_the_verdict_says_what_the_error_bars_decide() -> None:
     """A fall of .3 in all pairs is one; where pairs go both ways it is open; what is not measured is said to be so."""
     before, between = [0.7, 0.8, 0.9, None], [0.4, 0.5, 0.61, 0.5]
-    dcr = probed_record("dcr", ("refine", before, between), ("align", between, [0.9, 0.6, 0.8, 0.1]))
-    other_share = {**dcr, "cell": {"method": "dcr", "share": 0.25, "seed": 0}}
-    stl_record = probed_record("stl", ("align", before, [0.8, 0.91, 1.0, 0.3]))
-    fallen, stayed, below, stl = _kernel([dcr, other_share, stl_record], "dcr")
-    assert fallen[1:] == ("-0.297 ± 0.003", "yes")
+    dcr = kernel_record("dcr", untrained=before, refined=between, aligned=[0.9, 0.6, 0.8, 0.1])
+    not_probed = {"cell": {"method": "dcr", "share": 0.25, "seed": 0}}
+    stl_record = kernel_record("stl", untrained=before, aligned=[0.8, 0.91, 1.0, 0.3])
+    fallen, stayed, below, stl = _kernel([dcr, not_probed, stl_record], "dcr")
+    assert fallen[1:] == ("-0.297 ± 0.003 (3 pairs, 1 seed)", "yes")
     assert stayed[2] == "open"
-    assert below[1:] == ("-0.152 ± 0.088", "open")
-    assert stl[1:] == ("+0.103 ± 0.003", "yes")
+    assert below[1:] == ("-0.152 ± 0.088 (4 pairs, 1 seed)", "open")
+    assert stl[1:] == ("+0.103 ± 0.003 (3 pairs, 1 seed)", "yes")
     assert [said for _, _, said in _kernel([], "dcr")] == ["not measured"] * 4
+
+
+def test_a_family_that_two_seeds_share_counts_once() -> None:
+    """The same pairs under a second seed that moves them alike say nothing new: the error stays what it was."""
+    moments = {"untrained": [0.7, 0.8, 0.9, 0.5], "refined": [0.4, 0.6, 0.8, 0.1]}
+    once = kernel_change([kernel_record("dcr", **moments)], ("dcr", "untrained"), ("dcr", "refined"))
+    records = [kernel_record("dcr", seed, **moments) for seed in (0, 1)]
+    twice = kernel_change(records, ("dcr", "untrained"), ("dcr", "refined"))
+    assert (twice.pairs, twice.seeds) == (8, 2)
+    assert twice.mean == pytest.approx(once.mean) and twice.error == pytest.approx(once.error)
+    assert once.error == pytest.approx(np.std([0.3, 0.2, 0.1, 0.4], ddof=1) / 2)
+
+
+def test_held_out_pairs_are_of_families_that_are_not_trained_on() -> None:
+    """Those beyond a source's limit count too: there are more of them than the run holds out."""
+    data = DataConfig(contrast=[ContrastSource(path="builtin", limit=100)], heldout=0.1)
+    contrast = load_contrast(data, 3)
+    pairs = heldout_pairs(data, 3)
+    assert len(pairs) == 64 > len({p.pair for p in contrast.heldout})
+    assert all(left.pair == right.pair for left, right in pairs)
+    assert {(left.label, right.label) for left, right in pairs} == {("seemingly_toxic", "toxic")}
+    used = [left.family for left, _ in pairs]
+    assert len(set(used)) == 64 and not set(used) & {p.family for p in contrast.train}
 
 
 def test_a_study_of_our_own_prompts_leaves_out_what_needs_others(study: Study) -> None:
