@@ -17,7 +17,7 @@ from dcr_scale.similarity.settings import SimilarityConfig, load_settings
 def parse_arguments() -> tuple[list[str], argparse.Namespace]:
     """All settings as ``key=value``, and the flags beside them. Every setting of one value has its own flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    # To deepspeed's own parser --b can be an ambiguous abbreviation, wherever it stands.
+    # To deepspeed's own parser --b is an ambiguous abbreviation on Pythons before 3.12.7, wherever it stands.
     add_flags(parser, SimilarityConfig, aliases=lambda name, hint: [f"--prompts-{name}"] if hint is Source else [])
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what would be measured")
     parser.add_argument(

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.launcher.runner import parse_args as deepspeed_arguments
 from rank_pool import RankPool
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -100,6 +101,13 @@ def test_the_documented_command_runs_under_deepspeed(tmp_path: Path, model: Path
     finished = launch_script("probe.py", "--model", str(model), *flags)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12, 7), reason="argparse complains of abbreviations behind the script")
+def test_deepspeed_passes_the_short_flags_on() -> None:
+    flags = ["--model", "PATH", "--a", "seemingly.jsonl", "--b", "toxic.jsonl", "--out", "DIR"]
+    parsed = deepspeed_arguments(["launchers/probe.py", *flags])
+    assert (parsed.user_script, parsed.user_args) == ("launchers/probe.py", flags)
 
 
 def test_the_console_gets_the_averages_with_their_errors(
