@@ -344,17 +344,12 @@ def test_the_shipped_weights_are_the_commands(annotations: list[fit_judge.Fitted
 
 @needs_data
 def test_unseen_models_and_prompts_are_judged_as_people_judge_them(annotations: list[fit_judge.Fitted]) -> None:
-    """Fitted on half of the prompts, where docs/judge.md says how well it does with nine tenths."""
-    prompts = sorted({each.example.prompt for each in annotations})[::2]
-    scores, truth = [], []
-    for model in ("gpt4", "llama2new", "mistralguard"):
-        fitted = fit_judge.fit([p for p in annotations if p.example.model != model and p.example.prompt not in prompts])
-        for each in annotations:
-            if each.example.model == model and each.example.prompt in prompts:
-                scores.append(fitted.verdict(each.example.prompt, each.example.completion).refusal_probability)
-                truth.append(each.example.refusal)
-    assert sum((score > 0.5) == true for score, true in zip(scores, truth, strict=True)) >= 0.92 * len(truth)
-    assert area_under_roc(scores, truth) >= 0.965
+    """Without the model and a fifth of the prompts, where docs/judge.md leaves out a tenth."""
+    verdicts = fit_judge.cross_validate(annotations, lambda example: example.prompt, folds=5, seed=0)
+    scores = [verdict.refusal_probability for verdict in verdicts]
+    truth = [each.example.refusal for each in annotations]
+    assert sum((score > 0.5) == true for score, true in zip(scores, truth, strict=True)) >= 0.93 * len(truth)
+    assert area_under_roc(scores, truth) >= 0.98
 
 
 @needs_data
