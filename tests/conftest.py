@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from rank_pool import RankPool
+from rank_pool import RankPool, free_port
 
 # Kernels run under Triton's interpreter, GPU or not. It is chosen when their modules are first imported, by whichever
 # test imports them.
@@ -43,12 +42,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process is the only rank of a run, on the CPU; what the run changes in it is put back afterwards."""
     from transformers.utils import logging as transformers_logging
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     # As one of as many local ranks as there are cores, it takes one thread.
     cores = len(os.sched_getaffinity(0))
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": cores, "MASTER_PORT": port}
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": cores, "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

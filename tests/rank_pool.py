@@ -99,7 +99,7 @@ class RankPool:
         if world_size != self._world_size:
             self._stores += 1
             store_path = str(Path(self._folder.name) / f"store_{self._stores}")
-            self._port = _free_port()
+            self._port = free_port()
             self._world_size = world_size
         for rank in range(world_size):
             environment = {
@@ -168,7 +168,7 @@ class RankPool:
         self._world_size = 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

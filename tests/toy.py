@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rank_pool import free_port
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -197,9 +197,6 @@ def launch(config: Path, *overrides: str, ranks: int = 2, timeout: float = 600.0
 
 def launcher_command(name: str, *arguments: str, ranks: int) -> tuple[list[str], dict[str, str]]:
     """``deepspeed launchers/<name>`` on CPU ranks and a free port, and its environment; to be run in the repository."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -209,7 +206,7 @@ def launcher_command(name: str, *arguments: str, ranks: int) -> tuple[list[str],
         "PATH": f"{binaries}:{os.environ['PATH']}",
     }
     command = [str(binaries / "deepspeed"), "--log_level", "warning", "--num_gpus", str(ranks)]
-    return [*command, "--master_port", str(port), f"launchers/{name}", *arguments], environment
+    return [*command, "--master_port", str(free_port()), f"launchers/{name}", *arguments], environment
 
 
 def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 600.0) -> subprocess.CompletedProcess:
