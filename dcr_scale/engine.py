@@ -303,23 +303,47 @@ class Engine:
         """Names and whole shapes of the trained parameters."""
         return {name: tuple(parameter.ds_shape) for name, parameter in self._trained.items()}
 
-    def own_state(self, name: str, key: str) -> OwnPart:
-        """This rank's elements of a trained parameter's master or moment (``key`` of :data:`STATES`), float32, to read
-        or, with :meth:`put_back` and :meth:`adopt` afterwards, to fill."""
-        parameter = self._trained[name]
-        self._create_moments()
-        flat, _ = self._optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=None if key == "weight" else key
-        )
-        # The moments of what AdamW has not met yet are zero, and so is the padding past the parameter's end.
-        part = own_part(parameter)
-        return OwnPart(part.start, flat.detach()[: part.values.numel()])
+    def own_states(self, *, filled: bool = False) -> Iterator[tuple[str, str, OwnPart]]:
+        """This rank's elements of each trained parameter's master and moments, float32: the parameter's name, which of
+        :data:`STATES`, and the elements, to read or, where they are ``filled`` and :meth:`adopt` follows, to write.
 
-    def put_back(self, name: str) -> None:
-        """What was written into :meth:`own_state`'s tensors is to stay, where they were read from a disk."""
-        group, *_ = self._optimizer.grad_position[self._optimizer.get_param_id(self._trained[name])]
-        if self._optimizer._swappable_optimizer_subgroup(group):
-            self._optimizer._optimizer_states_and_gradient_swap_out(group)
+        What lives on a disk is in memory while it is its turn.
+        """
+        groups: dict[int, list[tuple[str, int]]] = {}
+        for name, parameter in self._trained.items():
+            group, begin, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            groups.setdefault(group, []).append((name, begin))
+        for group, members in groups.items():
+            with self._in_memory(group, changed=filled) as states:
+                for name, begin in members:
+                    # What AdamW has not met yet has moments of zero, and so has the padding past the parameter's end.
+                    part = own_part(self._trained[name])
+                    for key in STATES:
+                        values = states[key].detach()[begin : begin + part.values.numel()]
+                        yield name, key, OwnPart(part.start, values)
+
+    @contextmanager
+    def _in_memory(self, group: int, *, changed: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Masters and moments of one of DeepSpeed's groups of parameters, each flat, read from the disk where they live
+        there, and, if ``changed``, written back."""
+        optimizer = self._optimizer
+        on_disk = optimizer._swappable_optimizer_subgroup(group)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        master = optimizer.fp32_partitioned_groups_flat[group]
+        state = optimizer.optimizer.state[master]
+        if not state:
+            # torch makes them at its first step; a checkpoint may be wanted, or read, before it.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state |= {key: torch.zeros_like(master) for key in STATES[1:]}
+            changed = True
+        try:
+            yield {"weight": master, **state}
+        finally:
+            if on_disk and changed:
+                optimizer._optimizer_states_and_gradient_swap_out(group)
+            elif on_disk:
+                optimizer._release_swap_buffers(group)
 
     @torch.no_grad()
     def adopt(self, applied: int) -> None:
@@ -327,25 +351,13 @@ class Engine:
         self.applied = applied
         # Passes before, such as the packing check's, have left parameters gathered, and would be used as they are.
         self._optimizer._partition_all_parameters()
-        self._create_moments()
-        for state in self._optimizer.optimizer.state.values():
-            state["step"].fill_(applied)
         for group in range(len(self._optimizer.fp16_groups)):
-            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            with self._in_memory(group) as states:
+                states["step"].fill_(applied)
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         small = self._optimizer.persistent_parameters
         if small:
             small[0].all_gather(small)
-
-    def _create_moments(self) -> None:
-        """torch makes an optimiser's state at its first step; a checkpoint may be wanted, or read, before it."""
-        adamw = self._optimizer.optimizer
-        for master in self._optimizer.fp32_partitioned_groups_flat:
-            if not adamw.state.get(master):
-                adamw.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                    "exp_avg": torch.zeros_like(master),
-                    "exp_avg_sq": torch.zeros_like(master),
-                }
 
     def close(self) -> None:
         """Release the engine's buffers and hooks. The module's partitions stay, for as long as somebody holds it."""

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -89,6 +90,16 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=_TEMPLATE
     )
+
+
+def save_checkpoint(folder: Path, config: PretrainedConfig) -> Path:
+    """A random model of that configuration, with the toy tokenizer, in Hub layout."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def toy_checkpoint(

@@ -47,19 +47,18 @@ def write_own(engine: Engine, folder: Path, world: World) -> Checksums:
 
     Every rank calls it. Raises the same UserError on all where one cannot write.
     """
-    path, parts = folder / FILE, []
+    path, parts = folder / FILE, Checksums()
     with world.agreed(path):
         stored = Checkpoint.of_file(path)
         with disk.descriptor(path, os.O_RDWR) as opened:
-            for name, _, key in _tensors(engine):
-                start, values = engine.own_state(name, key)
+            for name, key, (start, values) in engine.own_states():
                 begins = stored.tensors[f"{name}.{key}"].start
                 checksum = 0
                 for at in range(0, values.numel(), _CHUNK):
                     chunk = values[at : at + _CHUNK].contiguous()
                     checksum += partial_checksum(chunk, start + at)
                     disk.write(opened, disk.bytes_of(chunk.cpu()), begins + 4 * (start + at))
-                parts.append(checksum)
+                parts[f"{name}.{key}"] = checksum
             os.fsync(opened)
     return _added_up(engine, parts, world)
 
@@ -71,21 +70,19 @@ def read_own(engine: Engine, folder: Path, world: World) -> Checksums:
     Every rank calls it, and :meth:`Engine.adopt` afterwards. Raises the same UserError on all where the file cannot be
     read or is another model's.
     """
-    parts: list[int] = []
+    parts: Checksums = {}
     with world.agreed():
         stored = Checkpoint.of_file(folder / FILE)
         expected = {f"{name}.{key}": tuple(shape) for name, shape, key in _tensors(engine)}
         if expected != {name: info.shape for name, info in stored.tensors.items()}:
             raise UserError(f"{folder}: holds other tensors than the ones that train here; it is of another model")
-        for name, _, key in _tensors(engine):
-            start, values = engine.own_state(name, key)
+        for name, key, (start, values) in engine.own_states(filled=True):
             checksum = 0
             for at in range(0, values.numel(), _CHUNK):
                 chunk = stored.read(f"{name}.{key}", start + at, min(_CHUNK, values.numel() - at)).to(values.device)
                 checksum += partial_checksum(chunk, start + at)
                 values[at : at + _CHUNK].copy_(chunk)
-            engine.put_back(name)
-            parts.append(checksum)
+            parts[f"{name}.{key}"] = checksum
     return _added_up(engine, parts, world)
 
 
@@ -94,9 +91,10 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, tuple[int, ...], str]]:
     return ((name, shape, key) for name, shape in engine.trained.items() for key in STATES)
 
 
-def _added_up(engine: Engine, parts: list[int], world: World) -> Checksums:
+def _added_up(engine: Engine, parts: Checksums, world: World) -> Checksums:
     """All ranks' parts of each tensor's checksum together."""
-    totals = torch.tensor([wrapped(part) for part in parts], dtype=torch.int64, device=world.device)
+    names = [f"{name}.{key}" for name, _, key in _tensors(engine)]
+    totals = torch.tensor([wrapped(parts[name]) for name in names], dtype=torch.int64, device=world.device)
     if world.size > 1:
         dist.all_reduce(totals)  # which wraps around, as it should
-    return {f"{name}.{key}": total for (name, _, key), total in zip(_tensors(engine), totals.tolist(), strict=True)}
+    return dict(zip(names, totals.tolist(), strict=True))

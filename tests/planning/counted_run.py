@@ -12,23 +12,11 @@ from unittest import mock
 import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
-from toy import toy_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from dcr_scale.config import load_config
 
 # Names what a stage does in the profile, with the stage's number.
 _MARK = "counted stage "
-
-
-def save_checkpoint(folder: Path, config: PretrainedConfig) -> Path:
-    """A random model of that configuration, with the toy tokenizer, in Hub layout."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=2, pad_token_id=0)
-    model.save_pretrained(folder)
-    toy_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counted_run import count_run, save_checkpoint
+from counted_run import count_run
 from rank_pool import RankPool
-from toy import VOCABULARY, toy_settings, write_config
+from toy import VOCABULARY, save_checkpoint, toy_settings, write_config
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from dcr_scale.config import load_config

@@ -32,10 +32,8 @@ def outputs_after_passes(persistence_threshold: int) -> tuple[list[float], list[
             return [engine(torch.ones(1, 4)).item() for _ in range(2)]
 
     before = passes()
-    for name in engine.trained:
-        for key, value in zip(engines.STATES, (2.0, 0.0, 0.0), strict=True):
-            engine.own_state(name, key).values.fill_(value)
-        engine.put_back(name)
+    for _, key, part in engine.own_states(filled=True):
+        part.values.fill_(2.0 if key == "weight" else 0.0)
     engine.adopt(applied=3)
     adopted = passes()
     loss = engine(torch.ones(1, 4)).sum()
