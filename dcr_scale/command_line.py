@@ -4,6 +4,7 @@ later, or with 1 for what was not foreseen. Imports nothing heavy."""
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -25,11 +26,11 @@ def first_rank() -> bool:
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do the work; a UserError becomes one line on the first rank, any other exception a traceback on its own."""
+    """Do the work; a UserError becomes one line, any other exception a traceback on its own rank."""
     try:
         work()
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", everywhere=error.agreed)
         return 2
     except Preempted as stopped:
         _say(str(stopped))
@@ -46,12 +47,16 @@ def exit_code(work: Callable[[], None]) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _say(line: str, *, everywhere: bool = True) -> None:
+    """``everywhere``: every rank has the same to say."""
     if first_rank():
         print(line, file=sys.stderr, flush=True)
-    else:
-        # The launcher ends all ranks when the first one exits; the message must be out by then.
-        time.sleep(2)
+        return
+    # The launcher ends all ranks when the first one exits; the message must be out by then.
+    time.sleep(2)
+    # What only some ranks know, such as a file that a node lacks, is said once a node.
+    if not everywhere and int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+        print(f"{socket.gethostname()}: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale.config import Config, RefineConfig
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.contrast import EncodedContrast, EncodedPrompts, encode_contrast, load_contrast
 from dcr_scale.errors import UserError
+from dcr_scale.joining import joined
 from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.stored import StoredModel
@@ -24,7 +24,7 @@ from dcr_scale.models.trunk import read_config
 from dcr_scale.probe.layer_choice import LayerChoice, choose_layer, matched_pairs
 from dcr_scale.probe.proposition import Correlation, Proposition, measure_proposition
 from dcr_scale.refine import check_layer
-from dcr_scale.runlog import configure_console, finite
+from dcr_scale.runlog import finite
 from dcr_scale.world import World, device_name, seed_everything, versions
 
 log = logging.getLogger(__name__)
@@ -131,22 +131,20 @@ def _inputs(config: Config) -> Iterator[_Inputs]:
     """A configuration's model and prompts, without what only a run needs."""
     if config.refine is None:
         raise UserError("refine is null: without stage 1 there is no layer ℓ to ask about")
-    world = engines.start(config.engine)
-    configure_console(world.rank)
-    transformers_logging.set_verbosity_error()
-    try:
+    fewer = f"probe.micro_batch_tokens={max(16, config.probe.micro_batch_tokens // 2)}"
+    helps = ["look.partitioned=yes", fewer, "model.gradient_checkpointing=true"]
+    with joined(config.engine, helps=helps) as world:
         seed_everything(config.run.seed)
         source = find_source(config.model, world)
-        encoder = ChatEncoder(
-            read_tokenizer(source, config.model),
-            system_prompt=config.data.system_prompt,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            overlong=config.data.overlong,
-        )
-        contrast = encode_contrast(load_contrast(config.data, config.run.seed), encoder)
+        with world.agreed():
+            encoder = ChatEncoder(
+                read_tokenizer(source, config.model),
+                system_prompt=config.data.system_prompt,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                overlong=config.data.overlong,
+            )
+            contrast = encode_contrast(load_contrast(config.data, config.run.seed), encoder)
         yield _Inputs(config.refine, source, contrast, encoder.prefix, world)
-    finally:
-        engines.finish()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: the only file that imports deepspeed.
+"""DeepSpeed ZeRO-3: all that trains or runs under it goes through here.
 
 Its configuration is derived here from :class:`~dcr_scale.config.EngineConfig` and
 :class:`~dcr_scale.config.OptimizerConfig`; there is no second file to keep in step.

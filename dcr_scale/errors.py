@@ -7,8 +7,13 @@ class UserError(Exception):
     """Something the user can put right: bad input, a missing file, a setting that cannot work.
 
     The message is a single line that says what was found, where, and what to do. Launchers print it without a
-    traceback, on rank 0 only, and exit with code 2. A bug in this package must never raise it.
+    traceback and exit with code 2. A bug in this package must never raise it.
+
+    Attributes:
+        agreed: whether every rank raises it, so that the first alone has to say it.
     """
+
+    agreed = False
 
 
 class Preempted(Exception):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
@@ -26,10 +25,11 @@ from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.data.contrast import encode_contrast
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.diagnosis import measure_layer
-from dcr_scale.errors import Preempted, UserError
+from dcr_scale.errors import UserError
 from dcr_scale.evaluation.audit import Audit, audit
 from dcr_scale.evaluation.identity import digest, weights_digest
 from dcr_scale.evaluation.look import Look, Looker, table
+from dcr_scale.joining import joined
 from dcr_scale.model_card import model_card
 from dcr_scale.models.adapter import export_adapter
 from dcr_scale.models.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ from dcr_scale.resume.progress import Progress
 from dcr_scale.resume.run_folder import RunFolder, Share
 from dcr_scale.resume.stop import StopRequest
 from dcr_scale.run_data import load_data
-from dcr_scale.runlog import configure_console, duration, finite
+from dcr_scale.runlog import duration, finite
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, device_name, seed_everything, versions
 
@@ -62,22 +62,8 @@ def run(config: Config, *, fresh: bool = False, accept_changes: bool = False) ->
     the user can put right, and Preempted, on all ranks too, where the run was told to stop and has saved its state.
     """
     stop = StopRequest()
-    with stop.listening():
-        world = engines.start(config.engine)
-        configure_console(world.rank)
-        transformers_logging.set_verbosity_error()
-        try:
-            summary = Run(config, world, stop, fresh=fresh, accept_changes=accept_changes).run()
-        except (UserError, Preempted):
-            engines.finish()
-            raise
-        except Exception:
-            # Leaving the group would wait for ranks that know nothing of this one's failure.
-            if world.size == 1:
-                engines.finish()
-            raise
-        engines.finish()
-        return summary
+    with stop.listening(), joined(config.engine) as world:
+        return Run(config, world, stop, fresh=fresh, accept_changes=accept_changes).run()
 
 
 class Run:
@@ -99,11 +85,13 @@ class Run:
         self.asked = typed_yaml.to_tree(config)
         seed_everything(config.run.seed)
         self.source = find_source(config.model, world)
-        self.model_config = read_config(self.source, config.model)
-        if config.refine is not None and config.refine.layer != "auto":
-            check_layer(config.refine.chosen_layer, self.model_config, self.source)
-        self.data = load_data(config)
-        self.tokenizer = read_tokenizer(self.source, config.model)
+        # Nodes may have disks of their own, and one of them lack a file.
+        with world.agreed():
+            self.model_config = read_config(self.source, config.model)
+            if config.refine is not None and config.refine.layer != "auto":
+                check_layer(config.refine.chosen_layer, self.model_config, self.source)
+            self.data = load_data(config)
+            self.tokenizer = read_tokenizer(self.source, config.model)
         self.encoder = ChatEncoder(
             self.tokenizer,
             system_prompt=config.data.system_prompt,

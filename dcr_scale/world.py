@@ -82,7 +82,9 @@ class World:
             failure = str(error) if writes is None else cannot_write(writes, error)
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
-            raise UserError(failures[0])
+            known_to_all = UserError(failures[0])
+            known_to_all.agreed = True
+            raise known_to_all
 
 
 def cannot_write(path: Path, error: OSError) -> str:
@@ -96,11 +98,16 @@ def cannot_write(path: Path, error: OSError) -> str:
 def from_environment() -> World:
     """Read this process's place from RANK, LOCAL_RANK and WORLD_SIZE (or SLURM's), and pick its device."""
 
+    # SLURM's variables count where srun has started this process: a batch script has most of them as well, and what
+    # runs there without srun is alone.
+    by_srun = bool(os.environ.get("SLURM_STEP_NUM_TASKS"))
+
     def number(*names: str, default: int) -> int:
-        return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+        found = (name for name in names if os.environ.get(name) and (by_srun or not name.startswith("SLURM_")))
+        return next((int(os.environ[name]) for name in found), default)
 
     rank = number("RANK", "SLURM_PROCID", default=0)
-    size = number("WORLD_SIZE", "SLURM_NTASKS", default=1)
+    size = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
     local_rank = number("LOCAL_RANK", "SLURM_LOCALID", default=0)
     local_size = number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=size)
     if torch.cuda.is_available():
@@ -118,7 +125,7 @@ def complete_environment(world: World) -> None:
     if "MASTER_PORT" not in os.environ:
         if world.size > 1:
             raise UserError(
-                f"WORLD_SIZE is {world.size} but MASTER_ADDR and MASTER_PORT are not set; start with deepspeed, "
+                f"this is one of {world.size} ranks but MASTER_ADDR and MASTER_PORT are not set; start with deepspeed, "
                 "torchrun, or set both to the first node's"
             )
         with socket.socket() as probe:

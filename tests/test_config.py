@@ -250,8 +250,8 @@ def test_a_typing_error_is_one_line_and_exit_code_2_before_torch_is_imported(tmp
     assert done.stdout == ""
 
 
-def test_only_the_first_rank_reports_it(tmp_path):
-    done = launch("--local_rank=1", "--config", "no.yaml", tmp_path=tmp_path, RANK="1")
+def test_only_the_first_rank_of_a_node_reports_it(tmp_path):
+    done = launch("--local_rank=1", "--config", "no.yaml", tmp_path=tmp_path, RANK="1", LOCAL_RANK="1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Literal, cast
 
@@ -13,6 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from dcr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# What a template is told that asks for the date: the one that Llama 3.1's names where nobody tells it another.
+_DATE = date(2024, 7, 26)
+_ASKED_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 
 # Unlike enough that no template and no tokenizer makes them begin alike by accident.
 _PROBES = ("a", "B?", "1", '"', "é", "<", "\t")
@@ -50,6 +56,15 @@ class ChatEncoder:
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong = overlong
+
+    @cached_property
+    def _template(self) -> str | None:
+        """The tokenizer's own. One that asks for the date gets the same every day: a run that goes on tomorrow has the
+        prompts of today."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            return None
+        return _ASKED_DATE.sub(lambda asked: repr(_DATE.strftime(asked["format"])), template)
 
     @cached_property
     def prefix(self) -> int:
@@ -118,7 +133,9 @@ class ChatEncoder:
         if response is not None:
             messages.append({"role": "assistant", "content": response})
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=response is None
+            )
         except Exception as error:  # templates are Jinja programs and raise what they like
             hint = "; it may take no system message: set data.system_prompt=null" if self.system_prompt else ""
             raise UserError(f"the tokenizer's chat template failed: {error}{hint}") from error

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
-from dcr_scale import world as world_module
 from dcr_scale.command_line import written
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.errors import UserError
@@ -32,11 +30,12 @@ from dcr_scale.evaluation.perplexity import Perplexity, perplexity
 from dcr_scale.evaluation.suites import class_counts
 from dcr_scale.evaluation.training_prompts import trained_on
 from dcr_scale.evaluation.vllm_engine import VllmEngine, check_usable
+from dcr_scale.joining import joined
 from dcr_scale.models import attention
 from dcr_scale.models.checkpoint import Checkpoint
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import read_config
-from dcr_scale.runlog import configure_console, duration, finite
+from dcr_scale.runlog import duration, finite
 from dcr_scale.world import World, device_name, peak_memory_gib, versions
 
 log = logging.getLogger(__name__)
@@ -50,15 +49,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Every rank calls it. Raises UserError, the same on all ranks, for whatever the user can put right.
     """
-    world = world_module.from_environment()
-    if world.size > 1:
-        world = engines.start(config.zero)
-    configure_console(world.rank)
-    transformers_logging.set_verbosity_error()
-    try:
+    helps = [f"--batch-size {max(1, config.batch_size // 2)}", f"--max-new-tokens {max(1, config.max_new_tokens // 2)}"]
+    with joined(config.zero, group_of_one=False, helps=["--partitioned yes", *helps]) as world:
         return Evaluation(config, world).run()
-    finally:
-        engines.finish()
 
 
 @dataclass(frozen=True)

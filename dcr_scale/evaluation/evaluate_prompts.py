@@ -37,15 +37,16 @@ def held_out(config: EvaluateConfig, run: Config | None) -> list[SuitePrompt]:
             SuitePrompt(f"perplexity/{i}", row.values["prompt"], "general", "", row.where, row.values["response"])
             for i, row in enumerate(read_rows(config.perplexity, kind="general"))
         ]
-        return draw(rows, config.perplexity.limit, _unit, seed=config.seed, purpose="limit")
-    data, seed = DataConfig(), 0
-    if run is not None:
-        # Under the run's own seed and share, what it held out of the built-in ones is what is held out here.
-        data, seed = replace(data, heldout=run.data.heldout, heldout_limit=run.data.heldout_limit), run.run.seed
-    return [
-        SuitePrompt(f"perplexity/{i}", example.prompt, "general", "", example.where, example.response)
-        for i, example in enumerate(load_general(data, seed).heldout)
-    ]
+    else:
+        data, seed = DataConfig(), 0
+        if run is not None:
+            # Under the run's own seed and share, what it held out of the built-in ones is what is held out here.
+            data, seed = replace(data, heldout=run.data.heldout, heldout_limit=run.data.heldout_limit), run.run.seed
+        rows = [
+            SuitePrompt(f"perplexity/{i}", example.prompt, "general", "", example.where, example.response)
+            for i, example in enumerate(load_general(data, seed).heldout)
+        ]
+    return draw(rows, config.perplexity.limit, _unit, seed=config.seed, purpose="limit")
 
 
 def _limited(prompts: Sequence[SuitePrompt], config: EvaluateConfig) -> list[SuitePrompt]:

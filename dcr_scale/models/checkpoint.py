@@ -8,6 +8,7 @@ error instead of a SIGBUS.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from dcr_scale.config import ModelConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models import disk, pickled, smollm2
 from dcr_scale.models.disk import CHUNK_BYTES
+
+log = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -309,6 +312,10 @@ def _fetch(model: ModelConfig, weights: bool) -> Path:
 
     patterns = ["*.safetensors", *(pickled.PATTERNS if model.allow_pickle else [])] if weights else []
     revision = f" (revision {model.revision})" if model.revision else ""
+    log.info(
+        "%s: from the Hub, unless it is in the cache; ranks wait engine.timeout_minutes for it, and a large one "
+        "is better fetched beforehand: hf download %s", model.path, model.path,
+    )  # fmt: skip
     try:
         return Path(
             snapshot_download(

@@ -41,7 +41,8 @@ def find_model(model: ModelConfig, override: Path | None = None) -> FoundModel:
         return FoundModel(published, None, "published shapes")
     raise UserError(
         f"model.path: {model.path}: neither a folder with config.json, nor in the Hub's cache, nor one of the models "
-        "whose shapes are known; give its config.json by --model-config"
+        "whose shapes are known; set it to a folder that holds config.json, or give that file to launchers/plan.py by "
+        "--model-config"
     )
 
 

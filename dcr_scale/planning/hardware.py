@@ -27,7 +27,7 @@ class Device:
 DEVICES = {
     "a100": Device("A100 80GB SXM", 312e12, 80 * GIB, 2.04e12, 300e9, 25e9),
     "h100": Device("H100 SXM", 989e12, 80 * GIB, 3.35e12, 450e9, 50e9),
-    "h200": Device("H200 SXM", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "h200": Device("H200 SXM", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9),
 }
 
 # GPUs of a node, which NVLink joins.

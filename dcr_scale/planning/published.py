@@ -35,6 +35,12 @@ _LLAMA_8B = {
     "dtype": "bfloat16",
 }
 
+_LLAMA_3_8B = {
+    **_LLAMA_8B,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+
 _LLAMA_70B = {
     **_LLAMA_8B,
     "hidden_size": 8192,
@@ -93,6 +99,8 @@ _SMOLLM2_135M = {
 }
 
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
     "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_70B,

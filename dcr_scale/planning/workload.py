@@ -158,8 +158,8 @@ def _assumed(config: Config, contrast: int, examples: int, assumed: Assumed, not
 
 
 def refine_work(lengths: Lengths, settings: RefineConfig, gpus: int) -> Work:
-    """Stage 1's step on ``gpus`` ranks. A batch of fewer prompts than ranks is taken to grow."""
-    batch = max(settings.batch_size, gpus)
+    """Stage 1's step on ``gpus`` ranks. A batch that does not divide over them is taken to grow."""
+    batch = math.ceil(settings.batch_size / gpus) * gpus
     own = [lengths.contrast[i] for i in _spread(lengths.contrast, math.ceil(batch / gpus))]
     drawn = min(settings.retention.batch_size, len(lengths.general)) if settings.retention.weight else 0
     kept = [lengths.general[i] for i in _spread(lengths.general, math.ceil(drawn / gpus))]
@@ -200,7 +200,8 @@ def align_work(lengths: Lengths, settings: AlignConfig, gpus: int) -> Work:
 
 
 def _grown(asked: int, batch: int, stage: str) -> str:
-    return f"{stage}.batch_size is {asked}, fewer than the GPUs: planned for {batch}" if batch > asked else ""
+    why = "fewer than the GPUs" if batch >= 2 * asked or stage == "align" else "which the run refuses on so many GPUs"
+    return f"{stage}.batch_size is {asked}, {why}: planned for {batch}" if batch > asked else ""
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[int]:

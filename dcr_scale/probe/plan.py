@@ -76,6 +76,7 @@ def plan_measurement(
     element_bytes: int = 2,
     checkpointing: bool = True,
     persistence_threshold: int = 100_000,
+    trust_remote_code: bool = False,
 ) -> ProbePlan:
     """Plan the measurement of prompts of ``lengths`` tokens with one another.
 
@@ -87,10 +88,11 @@ def plan_measurement(
         element_bytes: of a weight and an activation.
         checkpointing: activations are recomputed in the backward pass, which gathers every layer once more.
         persistence_threshold: parameters of fewer elements are whole on every rank anyway.
+        trust_remote_code: the model's code may come with its configuration.
     """
     if len(lengths) < world_size:
         raise ValueError(f"{len(lengths)} prompts are fewer than the {world_size} ranks")
-    model = build_skeleton(config)
+    model = build_skeleton(config, trust_remote_code=trust_remote_code)
     inventory = take_inventory(model, select(model, parameters))
     plan = plan_micro_batches(lengths, output_probes, world_size=world_size, limit=micro_batch_tokens)
     items = [sum(len(step) for step in steps) for steps in plan]

@@ -29,7 +29,6 @@ FREE = (
     "refine.micro_batch_tokens",
     "refine.retention.memory_gib",
     "align.micro_batch_tokens",
-    "align.lora.export",
     "probe.micro_batch_tokens",
     "look.batch_size",
     "look.partitioned",

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from transformers.utils import logging as transformers_logging
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
 from dcr_scale.command_line import written
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
+from dcr_scale.joining import joined
 from dcr_scale.models import attention
 from dcr_scale.models.checkpoint import resolve
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import depth, read_config
 from dcr_scale.probe import KernelProbe, KernelSimilarity
 from dcr_scale.probe.plan import plan_measurement
-from dcr_scale.runlog import configure_console, duration, finite
+from dcr_scale.runlog import duration, finite
 from dcr_scale.similarity import pictures
 from dcr_scale.similarity.averages import Averages, averages, group_masks
 from dcr_scale.similarity.prompts import Classes, read_classes
@@ -38,13 +38,10 @@ def run(config: SimilarityConfig) -> dict[str, Any]:
 
     Every rank calls it. Raises UserError, the same on all ranks, for whatever the user can put right.
     """
-    world = engines.start(config.engine)
-    configure_console(world.rank)
-    transformers_logging.set_verbosity_error()
-    try:
+    fewer = f"--micro-batch-tokens {max(16, config.micro_batch_tokens // 2)}"
+    helps = ["--partitioned yes", fewer, "model.gradient_checkpointing=true"]
+    with joined(config.engine, helps=helps) as world:
         return measure(config, world)
-    finally:
-        engines.finish()
 
 
 def measure(config: SimilarityConfig, world: World) -> dict[str, Any]:
@@ -128,6 +125,7 @@ def plan(config: SimilarityConfig, ranks: int) -> str:
             element_bytes=4 if config.engine.precision == "fp32" else 2,
             checkpointing=config.model.gradient_checkpointing,
             persistence_threshold=config.engine.persistence_threshold,
+            trust_remote_code=config.model.trust_remote_code,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -184,3 +184,10 @@ def test_a_template_that_refuses_system_messages_says_what_to_set():
     assert ChatEncoder(tokenizer).encode("Hi?")
     with pytest.raises(UserError, match=r"System role not supported; .* set data\.system_prompt=null"):
         ChatEncoder(tokenizer, system_prompt="Rhyme.").encode("Hi?")
+
+
+def test_the_date_is_the_same_every_day() -> None:
+    """A run that is interrupted goes on with the prompts that it had, whatever the day."""
+    dated = "Today is {{ strftime_now('%d %b %Y') }}.\n" + TURNS
+    ids = ChatEncoder(tokenizer_with(dated)).encode("What day is it?")
+    assert tokenizer_with(dated).decode(ids).startswith("Today is 26 Jul 2024.\n")

@@ -231,6 +231,14 @@ def test_parameters_stay_as_long_as_they_are_needed_soon() -> None:
 
 
 @pytest.mark.slow
+def test_a_batch_that_the_run_refuses_is_planned_larger_and_said() -> None:
+    """128 prompts do not divide over 24 ranks."""
+    refine, align = plan("llama3_70b", 24).values()
+    assert refine.work.batch == 144
+    assert "batch_size is 128, which the run refuses on so many GPUs: planned for 144" in refine.work.note
+    assert (align.work.batch, align.work.note) == (128, "")
+
+
 def test_the_sweep_covers_8_to_512_gpus(tmp_path: Path) -> None:
     from dcr_scale.planning.sweep import GPUS, draw_sweep, sweep_table
 
