@@ -6,7 +6,6 @@ Its configuration is derived here from :class:`~dcr_scale.config.EngineConfig` a
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -22,11 +21,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -36,14 +30,12 @@ from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models.weights import OwnPart, own_part
 from dcr_scale.world import World
+from dcr_scale.zero3 import UndefinedWeights, gathered_by, look_for_overflow_in_chunks, mark_leaves, release, untraced
 
 log = logging.getLogger(__name__)
 
 # What AdamW knows of a parameter: its float32 master, and the first and second moment of its gradient.
 STATES = ("weight", "exp_avg", "exp_avg_sq")
-
-# Gradients that are looked at at once for infinities.
-_OVERFLOW_CHUNK = 2**24
 
 
 def start(settings: EngineConfig) -> World:
@@ -126,14 +118,6 @@ def deepspeed_config(
     return config
 
 
-class _UndefinedWeights(deepspeed.zero.Init):
-    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut."""
-
-    def _zero_init_param(self, param: Any) -> None:
-        self._convert_to_deepspeed_param(param)
-        param.partition()
-
-
 def partitioned(settings: EngineConfig, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
     """Modules built in this context spread each parameter over the ranks at once: no rank ever holds the model.
 
@@ -141,7 +125,7 @@ def partitioned(settings: EngineConfig, dtype: torch.dtype, device: torch.device
     """
     # The dtype goes in with the configuration: zero.Init's own argument is ignored where fp16 is not supported
     # (DeepSpeed 0.19.8 makes bf16 of any dtype on a CPU).
-    return _UndefinedWeights(config_dict_or_path=deepspeed_config(settings, None, dtype, device))
+    return UndefinedWeights(config_dict_or_path=deepspeed_config(settings, None, dtype, device))
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -205,7 +189,7 @@ class Engine:
             config=deepspeed_config(settings, optimizer, self.dtype, world.device),
         )
 
-        _look_for_overflow_in_chunks(self._optimizer)
+        look_for_overflow_in_chunks(self._optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -223,16 +207,12 @@ class Engine:
         """Passes through the module inside the context are none of training's: in evaluation mode, and unknown to the
         trace by which DeepSpeed gathers parameters ahead. Between updates only; afterwards the module trains on."""
         offload = self._optimizer.parameter_offload
-        training = offload.param_coordinator
-        offload.param_coordinator = untraced(training)
-        self.train(False)
-        try:
-            yield
-        finally:
-            self.train(True)
-            # Modules whose inputs need no gradient wait for a hook that never comes.
-            offload.param_coordinator.release_backward_leftovers()
-            offload.param_coordinator = training
+        with gathered_by(offload, untraced(offload.param_coordinator)):
+            self.train(False)
+            try:
+                yield
+            finally:
+                self.train(True)
 
     @contextmanager
     def forward_only(self, *, training: bool) -> Iterator[None]:
@@ -242,18 +222,14 @@ class Engine:
         neither would hold. Afterwards the module trains on.
         """
         offload = self._optimizer.parameter_offload
-        usual = offload.param_coordinator
         if self._forward_coordinator is None:
-            self._forward_coordinator = untraced(usual)
-        offload.param_coordinator = self._forward_coordinator
-        self.train(training)
-        try:
-            with torch.no_grad():
+            self._forward_coordinator = untraced(offload.param_coordinator)
+        with gathered_by(offload, self._forward_coordinator), torch.no_grad():
+            self.train(training)
+            try:
                 yield
-        finally:
-            self.train(True)
-            offload.param_coordinator.release_backward_leftovers()
-            offload.param_coordinator = usual
+            finally:
+                self.train(True)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients. ``last`` marks the micro-step after which :meth:`step` follows."""
@@ -364,50 +340,6 @@ class Engine:
         release(self._engine)
 
 
-def untraced(coordinator: Any) -> Any:
-    """A copy of what gathers ZeRO-3's parameters that knows no order of modules yet, and shares no record of one."""
-    copied = copy.copy(coordinator)
-    if copied.is_invalid_trace():
-        copied._clear_trace_structures()
-    else:
-        copied._invalidate_trace()
-    return copied
-
-
-def _look_for_overflow_in_chunks(optimizer: Any) -> None:
-    """Have ZeRO-3 look for non-finite gradients a chunk at a time.
-
-    DeepSpeed 0.19.8 asks ``isinf`` of all of a rank's gradients at once, which takes 5 bytes a gradient beside them:
-    with a 28B trunk on 8 GPUs 16 GiB on each.
-    """
-    whole_buffer = optimizer.has_overflow
-
-    def has_overflow(partition_gradients: bool = True) -> bool:
-        gradients = optimizer.grad_partitions_flat_buffer
-        with get_accelerator().stream(optimizer.reduce_and_partition_stream):
-            finite = torch.stack([chunk.isfinite().all() for chunk in gradients.split(_OVERFLOW_CHUNK)]).all()
-            optimizer.grad_partitions_flat_buffer = torch.where(finite, 0.0, math.inf)[None]
-        try:
-            return whole_buffer(partition_gradients)
-        finally:
-            optimizer.grad_partitions_flat_buffer = gradients
-
-    optimizer.has_overflow = has_overflow
-
-
-def mark_leaves(module: nn.Module) -> None:
-    """Have ZeRO-3 gather a block of experts at once where each expert is a module.
-
-    Tokens take ranks through different experts, and gathering one by one they would wait for each other for ever.
-    Experts that transformers fuses into 3-D parameters are one module as they are. The blocks that DeepSpeed marks by
-    itself, when it takes a module over, are marked here already: plans are made without that.
-    """
-    apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig())
-    for block in module.modules():
-        if any("expert" in name and isinstance(child, nn.ModuleList) for name, child in block.named_children()):
-            deepspeed.utils.set_z3_leaf_module(block, True)
-
-
 def inference_engine(module: nn.Module, settings: EngineConfig, world: World) -> nn.Module:
     """Run a partitioned module's forward passes under ZeRO-3, without an optimiser."""
     dtype = compute_dtype(settings, world.device)
@@ -415,18 +347,3 @@ def inference_engine(module: nn.Module, settings: EngineConfig, world: World) ->
     engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config(settings, None, dtype, world.device))
     engine.eval()
     return engine
-
-
-def release(engine: Any) -> None:
-    """Take a DeepSpeed engine's hooks off its module, and let both go when nothing else holds them."""
-    engine.destroy()
-    # DeepSpeed 0.19.8 never takes a module that it has hooked off this list, nor those in which a recomputed forward
-    # pass broke off, and a cache on a method, which NVTX's decorator hides, keeps modules too. With them go masters and
-    # moments: the next stage would find no room.
-    own = {id(module) for module in engine.module.modules()}
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if id(module) not in own]
-    wrapped = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for function in (wrapped, *(cell.cell_contents for cell in wrapped.__closure__ or ())):
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()

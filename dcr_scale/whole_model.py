@@ -17,6 +17,7 @@ from dcr_scale.models.trunk import build_model
 from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.models.weights import own_part
 from dcr_scale.world import World
+from dcr_scale.zero3 import release
 
 
 class WholeModel:
@@ -71,4 +72,4 @@ class WholeModel:
     def close(self) -> None:
         """Release what ZeRO-3 holds of the model."""
         if self._engine is not None:
-            engines.release(self._engine)
+            release(self._engine)

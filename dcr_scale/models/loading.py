@@ -23,6 +23,7 @@ from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_model, build_skeleton
 from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.world import World
+from dcr_scale.zero3 import release
 
 Partitioned = Literal["auto", "yes", "no"]
 
@@ -128,7 +129,7 @@ class Placement:
         run: Any = self.runnable(module)
         yield run
         if self.partitioned:
-            engines.release(run)
+            release(run)
 
     def runnable(self, module: nn.Module) -> nn.Module:
         """A callable that runs the filled module's passes: itself, or an engine that gathers what they need."""

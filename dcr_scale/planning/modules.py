@@ -19,9 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dcr_scale import config as settings_tree
 from dcr_scale.align import linear_layers
 from dcr_scale.config import AlignConfig, RefineConfig
-from dcr_scale.engine import mark_leaves
 from dcr_scale.models.trunk import Trunk, build_skeleton, decoder_layers
 from dcr_scale.refine import trains_embeddings
+from dcr_scale.zero3 import mark_leaves
 
 
 @dataclass(frozen=True)

@@ -74,19 +74,16 @@ def unnoticed(engine: Any) -> Iterator[None]:
     if coordinator is None:
         yield
         return
-    from dcr_scale import engine as engines
+    from dcr_scale.zero3 import gathered_by, untraced
 
     reductions = [(hook.hooks_dict_ref(), hook.id) for hook in getattr(optimizer, "_leaf_module_hooks", ())]
     before = [(hooks, dict(hooks)) for hooks, _ in reductions]
     for hooks, number in reductions:
         del hooks[number]
-    offload.param_coordinator = engines.untraced(coordinator)
     try:
-        yield
+        with gathered_by(offload, untraced(coordinator)):
+            yield
     finally:
-        # Modules whose inputs need no gradient wait for a hook that never comes.
-        offload.param_coordinator.release_backward_leftovers()
-        offload.param_coordinator = coordinator
         for hooks, all_of_them in before:
             hooks.clear()
             hooks.update(all_of_them)

@@ -1,0 +1,104 @@
+"""What DeepSpeed 0.19.8's ZeRO-3 does otherwise than training here needs it, and how it is brought round.
+
+All of it reaches into DeepSpeed's own parts, and none of it is needed elsewhere than around an engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
+from torch import nn
+
+# Gradients that are looked at at once for infinities.
+_OVERFLOW_CHUNK = 2**24
+
+
+class UndefinedWeights(deepspeed.zero.Init):
+    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut."""
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def untraced(coordinator: Any) -> Any:
+    """A copy of what gathers ZeRO-3's parameters that knows no order of modules yet, and shares no record of one."""
+    copied = copy.copy(coordinator)
+    if copied.is_invalid_trace():
+        copied._clear_trace_structures()
+    else:
+        copied._invalidate_trace()
+    return copied
+
+
+@contextmanager
+def gathered_by(offload: Any, coordinator: Any) -> Iterator[None]:
+    """Passes inside the context have their parameters gathered by ``coordinator``, in place of the usual one."""
+    usual = offload.param_coordinator
+    offload.param_coordinator = coordinator
+    try:
+        yield
+    finally:
+        # Modules whose inputs need no gradient wait for a hook that never comes.
+        coordinator.release_backward_leftovers()
+        offload.param_coordinator = usual
+
+
+def look_for_overflow_in_chunks(optimizer: Any) -> None:
+    """Have ZeRO-3 look for non-finite gradients a chunk at a time.
+
+    DeepSpeed 0.19.8 asks ``isinf`` of all of a rank's gradients at once, which takes 5 bytes a gradient beside them:
+    with a 28B trunk on 8 GPUs 16 GiB on each.
+    """
+    whole_buffer = optimizer.has_overflow
+
+    def has_overflow(partition_gradients: bool = True) -> bool:
+        gradients = optimizer.grad_partitions_flat_buffer
+        with get_accelerator().stream(optimizer.reduce_and_partition_stream):
+            finite = torch.stack([chunk.isfinite().all() for chunk in gradients.split(_OVERFLOW_CHUNK)]).all()
+            optimizer.grad_partitions_flat_buffer = torch.where(finite, 0.0, math.inf)[None]
+        try:
+            return whole_buffer(partition_gradients)
+        finally:
+            optimizer.grad_partitions_flat_buffer = gradients
+
+    optimizer.has_overflow = has_overflow
+
+
+def mark_leaves(module: nn.Module) -> None:
+    """Have ZeRO-3 gather a block of experts at once where each expert is a module.
+
+    Tokens take ranks through different experts, and gathering one by one they would wait for each other for ever.
+    Experts that transformers fuses into 3-D parameters are one module as they are. The blocks that DeepSpeed marks by
+    itself, when it takes a module over, are marked here already: plans are made without that.
+    """
+    apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig())
+    for block in module.modules():
+        if any("expert" in name and isinstance(child, nn.ModuleList) for name, child in block.named_children()):
+            deepspeed.utils.set_z3_leaf_module(block, True)
+
+
+def release(engine: Any) -> None:
+    """Take a DeepSpeed engine's hooks off its module, and let both go when nothing else holds them."""
+    engine.destroy()
+    # DeepSpeed 0.19.8 never takes a module that it has hooked off this list, nor those in which a recomputed forward
+    # pass broke off, and a cache on a method, which NVTX's decorator hides, keeps modules too. With them go masters and
+    # moments: the next stage would find no room.
+    own = {id(module) for module in engine.module.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in own]
+    wrapped = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for function in (wrapped, *(cell.cell_contents for cell in wrapped.__closure__ or ())):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
