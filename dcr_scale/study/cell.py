@@ -38,7 +38,7 @@ from dcr_scale.models.checkpoint import Checkpoint, resolve
 from dcr_scale.own_answers import own_answers
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
-from dcr_scale.study.grid import SHARES, Cell, probed
+from dcr_scale.study.grid import SHARES, Cell, measured, probed
 from dcr_scale.study.heldout_kernel import at_moments, heldout_pairs
 from dcr_scale.study.methods import METHODS, Method
 from dcr_scale.world import World, device_name, from_environment, versions
@@ -62,6 +62,7 @@ class Study:
         records: folder of the finished cells' records.
         work: folder of the checkpoints, which may be thrown away.
         max_new_tokens: of an answer; refusals show early.
+        kernel_pairs: held-out matched pairs whose kernel similarity is measured.
     """
 
     base: Config
@@ -70,6 +71,7 @@ class Study:
     work: Path
     max_new_tokens: int = 32
     batch_size: int = 64
+    kernel_pairs: int = 64
 
     def record(self, cell: Cell) -> Path:
         return self.records / f"{cell.name}.json"
@@ -80,7 +82,7 @@ class Study:
         record = self._recorded(cell)
         if record is None or record.get("judge") != judge_digest():
             return None
-        return record if "kernel" in record or not probed(cell) else None
+        return record if "kernel" in record or not measured(cell) else None
 
     def _recorded(self, cell: Cell) -> dict[str, Any] | None:
         path = self.record(cell)
@@ -137,7 +139,7 @@ class Study:
         steering = self._steering(cell, trained)
         trained_at = time.perf_counter()
         found = self._judge(cell, trained, steering, world)
-        if probed(cell):
+        if measured(cell):
             found["kernel"] = self._kernel(cell, trained)
         record = {
             "cell": {"method": cell.method, "share": cell.share, "seed": cell.seed},
@@ -170,7 +172,7 @@ class Study:
     def _judged_anew(self, cell: Cell, world: World) -> dict[str, Any] | None:
         """The record of an earlier judge with today's verdicts on the answers that are kept, where they all are."""
         record = self._recorded(cell)
-        if record is None or "weights" not in record or (probed(cell) and "kernel" not in record):
+        if record is None or "weights" not in record or (measured(cell) and "kernel" not in record):
             return None
         kept = self._store(cell, record["weights"], world).kept(self.data.suites)
         if any(prompt.id not in kept for prompts in self.data.suites.values() for prompt in prompts):
@@ -313,7 +315,7 @@ class Study:
         if METHODS[cell.method].contrast is not None:
             moments["refined"] = self._refine(cell) / "refined"
         moments["aligned"] = trained
-        pairs = heldout_pairs(self.config(cell, stage=2).data, cell.seed)
+        pairs = heldout_pairs(self.config(cell, stage=2).data, cell.seed, self.kernel_pairs)
         return at_moments(moments, _load, pairs, self.base.probe, self.work / "kernel")
 
     # --- judging -----------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 GRIDS = {"first": first_grid, "second": second_grid, "quick": quick_grid}
 # Prompts of a suite: in the quick grid, and else.
 _PROMPTS = {True: 24, False: 80}
+# Matched pairs whose kernel similarity is measured, likewise.
+_PAIRS = {True: 8, False: 64}
 _SUITES = "suites.json"
 
 
@@ -41,7 +43,7 @@ def open_study(config: str, records: Path, work: Path, data: Path, *, quick: boo
         raise UserError(f"{config}: the study needs refine, align and align.examples")
     prompts = _PROMPTS[quick]
     found = research_data(data, prompts) if data.is_dir() else builtin_data(work / "data", prompts)
-    return Study(base, found, records, work)
+    return Study(base, found, records, work, kernel_pairs=_PAIRS[quick])
 
 
 def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:

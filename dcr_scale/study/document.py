@@ -6,6 +6,7 @@ replaced.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dcr_scale.runlog import duration
 from dcr_scale.study import pictures
 from dcr_scale.study.analysis import Curve, common_defence, curves, paired, rate, ratio
 from dcr_scale.study.command import read_records
+from dcr_scale.study.grid import SHARES
 from dcr_scale.study.methods import CLAIMED, METHODS
 from dcr_scale.study.verdict import perplexity_ratios, shown, verdict
 
@@ -209,13 +211,19 @@ def failures(lines: Mapping[str, Curve], suites: Mapping[str, Any]) -> str:
 def moments(records: Sequence[Mapping[str, Any]]) -> str:
     """Mean kernel similarity of held-out matched pairs, untrained, after stage 1 and after stage 2."""
     names = ("untrained", "refined", "aligned")
-    rows: list[tuple[str, ...]] = [("method", "seeds", "pairs", "untrained", "after stage 1", "after stage 2")]
-    for method in METHODS:
-        measured = [r["kernel"] for r in records if r["cell"]["method"] == method and "kernel" in r]
-        if measured:
-            values = [[x for kernel in measured for x in kernel.get(name, []) if x is not None] for name in names]
+    rows: list[tuple[str, ...]] = [
+        ("method", "refusals", "seeds", "pairs", "untrained", "after stage 1", "after stage 2")
+    ]
+    for method, share in itertools.product(METHODS, SHARES):
+        kernels = [
+            record["kernel"]
+            for record in records
+            if (record["cell"]["method"], record["cell"]["share"]) == (method, share) and "kernel" in record
+        ]
+        if kernels:
+            values = [[x for kernel in kernels for x in kernel.get(name, []) if x is not None] for name in names]
             means = [f"{np.mean(found):.3f}" if found else "–" for found in values]
-            rows.append((METHODS[method].title, str(len(measured)), str(len(values[0])), *means))
+            rows.append((METHODS[method].title, f"{share:.0%}", str(len(kernels)), str(len(values[0])), *means))
     return _table(rows)
 
 

@@ -52,6 +52,12 @@ def probed(cell: Cell) -> bool:
     return cell.method in ("stl", *CLAIMED) and cell.share == SHARES[-1]
 
 
+def measured(cell: Cell) -> bool:
+    """Whether kernel similarity of many held-out pairs is measured before, between and after this cell's stages: of all
+    models of what is claimed, and of plain safety tuning's."""
+    return cell.method in ("stl", *CLAIMED)
+
+
 def first_grid() -> list[Cell]:
     """36 cells, those that say most first: should the study be cut off, what is there can be compared."""
     cells = [Cell(seed, method, share) for seed in SEEDS[:1] for method in _REPEATED for share in SHARES]

@@ -27,11 +27,10 @@ from dcr_scale.probe import KernelProbe
 # A seemingly toxic prompt and its matched toxic one.
 MatchedPair = tuple[ContrastPrompt, ContrastPrompt]
 
-_PAIRS = 64
 _FILE = "similarities.json"
 
 
-def heldout_pairs(data: DataConfig, seed: int, count: int = _PAIRS) -> list[MatchedPair]:
+def heldout_pairs(data: DataConfig, seed: int, count: int) -> list[MatchedPair]:
     """At most ``count`` matched pairs, each of a family of its own of which a run with this seed trains on nothing."""
     trained = {prompt.family for prompt in load_contrast(data, seed).train}
     sources = [dataclasses.replace(source, limit=None) for source in data.contrast]

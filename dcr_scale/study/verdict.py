@@ -101,46 +101,54 @@ def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:
 
 @dataclass(frozen=True)
 class Change:
-    """A mean over ``pairs`` pairs of ``seeds`` seeds in all, and its standard error."""
+    """A mean over pairs of prompts, those of each seed at each share of refusals, and its standard error."""
 
     mean: float
     error: float
     pairs: int
+    shares: int
     seeds: int
 
     def __str__(self) -> str:
+        shares = f" at {self.shares} shares" if self.shares > 1 else ""
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
-        return f"{self.mean:+.3f} ± {self.error:.3f} ({self.pairs} pairs, {seeds})"
+        return f"{self.mean:+.3f} ± {self.error:.3f} ({self.pairs} pairs{shares}, {seeds})"
 
 
 def kernel_change(records: Sequence[Mapping[str, Any]], before: Moment, after: Moment) -> Change | None:
-    """How normalised kernel similarity of held-out matched pairs differs between two moments, by the seeds and pairs
-    that both have; None where there are fewer than two families of prompts.
+    """How normalised kernel similarity of held-out matched pairs differs between two moments, by the seeds, shares and
+    pairs that both have; None where there are fewer than two families of prompts.
 
     Prompts, probes and projections are the same in both, so that most of the estimates' own error cancels; the standard
-    error is that over families, which seeds share in part: residuals of one family are added up before they are squared
-    (the cluster-robust error, Liang and Zeger 1986).
+    error is that over families, which seeds share in part, and shares altogether: residuals of one family are added up
+    before they are squared (the cluster-robust error, Liang and Zeger 1986).
     """
-    first, last = _by_family(records, before), _by_family(records, after)
+    # One stage 1 serves all shares.
+    by_share = "aligned" in (before[1], after[1])
+    first, last = (_by_family(records, moment, by_share=by_share) for moment in (before, after))
     changes = {key: last[key] - first[key] for key in first.keys() & last.keys()}
     if not changes:
         return None
     mean = float(np.mean(list(changes.values())))
     residuals: dict[str, float] = {}
-    for (_, family), change in changes.items():
+    for (_, _, family), change in changes.items():
         residuals[family] = residuals.get(family, 0.0) + change - mean
     if len(residuals) < 2:
         return None
     correction = len(residuals) / (len(residuals) - 1)
     error = float(np.sqrt(correction * sum(value**2 for value in residuals.values()))) / len(changes)
-    return Change(mean, error, len(changes), len({seed for seed, _ in changes}))
+    pairs = {(seed, family) for seed, _, family in changes}
+    shares, seeds = {share for _, share, _ in changes}, {seed for seed, _, _ in changes}
+    return Change(mean, error, len(pairs), len(shares), len(seeds))
 
 
-def _by_family(records: Sequence[Mapping[str, Any]], moment: Moment) -> dict[tuple[int, str], float]:
-    """Each measured pair's similarity, by seed and family."""
+def _by_family(
+    records: Sequence[Mapping[str, Any]], moment: Moment, *, by_share: bool
+) -> dict[tuple[int, float | None, str], float]:
+    """Each measured pair's similarity, by seed, share and family."""
     method, when = moment
     return {
-        (record["cell"]["seed"], family): value
+        (record["cell"]["seed"], record["cell"]["share"] if by_share else None, family): value
         for record in records
         if record["cell"]["method"] == method and when in record.get("kernel", {})
         for family, value in zip(record["kernel"]["families"], record["kernel"][when], strict=True)

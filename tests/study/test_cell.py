@@ -80,10 +80,11 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(
         assert [point["step"] for point in found["curve"]] == [0, 2]
         assert len(found["cross"]["first"]) == len(found["cross"]["last"]) == 2
     kernel = records[0]["kernel"]
-    assert set(kernel) == {"families", "untrained", "refined", "aligned"} and "kernel" not in records[1]
+    assert set(kernel) == {"families", "untrained", "refined", "aligned"}
+    assert records[1]["kernel"]["refined"] == kernel["refined"] and records[1]["kernel"]["aligned"] != kernel["aligned"]
     assert len(set(kernel["families"])) == len(kernel["aligned"]) >= 2
     assert kernel["untrained"] != kernel["refined"] != kernel["aligned"]
-    assert "| DCR | 1 |" in document.moments(records)
+    assert "| DCR | 25% | 1 |" in document.moments(records)
     measured = [{**records[0], "cell": {**records[0]["cell"], "method": name}} for name in ("stl", *CLAIMED)]
     pictures.training_curves(tmp_path / "curves.png", [*measured, records[1]])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -168,9 +169,9 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
         document.write(records, page)
 
 
-def kernel_record(method: str, seed: int = 0, **moments: list[float | None]) -> dict:
+def kernel_record(method: str, seed: int = 0, share: float = 0.5, **moments: list[float | None]) -> dict:
     return {
-        "cell": {"method": method, "share": 0.5, "seed": seed},
+        "cell": {"method": method, "share": share, "seed": seed},
         "perplexity": {"estimate": 7.0},
         "probe": {},
         "kernel": {"families": ["a", "b", "c", "d"], **moments},
@@ -201,12 +202,18 @@ def test_a_family_that_two_seeds_share_counts_once() -> None:
     assert twice.mean == pytest.approx(once.mean) and twice.error == pytest.approx(once.error)
     assert once.error == pytest.approx(np.std([0.3, 0.2, 0.1, 0.4], ddof=1) / 2)
 
+    records = [kernel_record("dcr", share=share, **moments, aligned=moments["refined"]) for share in (0.25, 0.5)]
+    one_stage_1 = kernel_change(records, ("dcr", "untrained"), ("dcr", "refined"))
+    assert (one_stage_1.pairs, one_stage_1.shares) == (4, 1), "which serves both shares"
+    both = kernel_change(records, ("dcr", "untrained"), ("dcr", "aligned"))
+    assert str(both) == f"{once.mean:+.3f} ± {once.error:.3f} (4 pairs at 2 shares, 1 seed)"
+
 
 def test_held_out_pairs_are_of_families_that_are_not_trained_on() -> None:
     """Those beyond a source's limit count too: there are more of them than the run holds out."""
     data = DataConfig(contrast=[ContrastSource(path="builtin", limit=100)], heldout=0.1)
     contrast = load_contrast(data, 3)
-    pairs = heldout_pairs(data, 3)
+    pairs = heldout_pairs(data, 3, 64)
     assert len(pairs) == 64 > len({p.pair for p in contrast.heldout})
     assert all(left.pair == right.pair for left, right in pairs)
     assert {(left.label, right.label) for left, right in pairs} == {("seemingly_toxic", "toxic")}
@@ -249,7 +256,9 @@ def test_cells_run_side_by_side_and_a_failed_one_is_named(study: Study, tmp_path
     """What others have finished stays; the same call goes on with what is left."""
     cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
     for cell in cells:
-        (tmp_path / cell.name).write_text(json.dumps({"made_by": study.made_by(cell), "judge": judge_digest()}))
+        (tmp_path / cell.name).write_text(
+            json.dumps({"made_by": study.made_by(cell), "judge": judge_digest(), "kernel": {}})
+        )
     script = tmp_path / "cell.py"
     script.write_text(
         "import pathlib, shutil, sys\n"
