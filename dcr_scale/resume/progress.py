@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dcr_scale.config import EngineConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models import disk
 from dcr_scale.world import World
@@ -32,14 +34,8 @@ FREE = (
     "probe.micro_batch_tokens",
     "look.batch_size",
     "look.partitioned",
-    *(
-        f"engine.{key}"
-        for key in (
-            "persistence_threshold", "persistence_total", "reduce_bucket", "prefetch_bucket", "max_live", "non_finite",
-            "max_skipped", "timeout_minutes", "offload_optimizer", "offload_parameters", "offload_folder",
-        )
-    ),
-)  # fmt: skip
+    *(f"engine.{field.name}" for field in dataclasses.fields(EngineConfig) if field.name != "precision"),
+)
 
 # What a run makes in its folder, by glob patterns; a fresh start removes it. The others are written over at once.
 _MADE = (
