@@ -121,6 +121,7 @@ class Aligner:
     # --- the stage ---------------------------------------------------------------------------------------------
 
     def run(self) -> Aligned:
+        # Of one example its own neighbour is made.
         two = [example.ids for example in (self.examples * 2)[:2]]
         check_packing(self._check_logits, two, self.prefix, self.world.device)
         saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None

@@ -201,10 +201,13 @@ class Run:
             return self._open(self.folder.path / "aligned") if merged else None
         began, checkpoints = time.perf_counter(), self.folder.begin_stage("align")
         refusals = sum(instruction.refusal for instruction in self.mixture)
-        log.info("stage 2: safety alignment on %d examples, %d of them refusals", len(self.examples), refusals)
         aligner = Aligner(
             self.config, model, self.examples, self.encoder.prefix, self.runlog, self.world, self.probe, checkpoints
         )
+        log.info(
+            "stage 2: safety alignment on %d examples, %d of them refusals, in %d steps",
+            len(self.examples), refusals, aligner.steps,
+        )  # fmt: skip
         result = aligner.run()
         self.facts["align"] = {
             "updates": result.steps,

@@ -160,7 +160,7 @@ def test_a_folder_of_another_run_is_refused_with_every_difference(config: Path, 
 def test_a_finished_run_does_not_pass_for_one_that_exports_more(config: Path, tmp_path: Path, alone: None) -> None:
     folder, lora = tmp_path / "run", ["refine=null", "look.enabled=false", "align.method=lora"]
     begin(config, folder, *lora)
-    with pytest.raises(UserError, match='align.lora.export: "merged" then, "both" now'):
+    with pytest.raises(UserError, match=r'align.lora.export: "merged" then, "both" now'):
         begin(config, folder, *lora, "align.lora.export=both")
 
 
