@@ -144,15 +144,7 @@ class StageProbe:
         self.run, self.name, self.steps, self.model, self.runlog = run, name, steps, model, runlog
         settings = run.settings
         with _told_to_the_user():
-            self.kernel = KernelProbe(
-                model,
-                rank=settings.rank,
-                groups=settings.groups,
-                output_probes=settings.output_probes,
-                seed=settings.seed,
-                parameters=_OWN_PARAMETERS,
-                micro_batch_tokens=settings.micro_batch_tokens,
-            )
+            self.kernel = KernelProbe.configured(model, settings, parameters=_OWN_PARAMETERS)
 
     def due(self, step: int, *, ended: bool = False) -> bool:
         """Whether to measure after ``step`` steps: at the start, every so many, and where the stage ends."""

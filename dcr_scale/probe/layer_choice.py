@@ -120,14 +120,7 @@ def choose_layer(
         token_limit=settings.micro_batch_tokens,
         world=world,
     )
-    probe = KernelProbe(
-        model,
-        rank=settings.rank,
-        groups=settings.groups,
-        output_probes=settings.output_probes,
-        seed=settings.seed,
-        micro_batch_tokens=settings.micro_batch_tokens,
-    )
+    probe = KernelProbe.configured(model, settings)
     found = probe.measure([contrast.ids[left] for left, _ in probed], [contrast.ids[right] for _, right in probed])
     return choose(rows_NLD.cpu().unflatten(0, (-1, 2)), found.by_layer.diagonal(dim1=1, dim2=2), families)
 

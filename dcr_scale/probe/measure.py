@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ from dcr_scale.probe.units import select, shape_of, take_inventory
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 # Estimates for prompts left × right (int64 [I], [J]), or where the flag says so for the pairs (left[i], right[i]).
 Pairs = Callable[[Tensor, Tensor, bool], Estimate]
+
+
+class Settings(Protocol):
+    """What configurations say of a probe: see :class:`KernelProbe`."""
+
+    rank: int
+    groups: int
+    output_probes: int
+    seed: int
+    micro_batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,27 @@ class KernelProbe:
         self._projections = Projections(seed, rank, groups)
         text = self._model.config.get_text_config()
         self._heads = {text.num_attention_heads, getattr(text, "num_key_value_heads", None)}
+
+    @classmethod
+    def configured(
+        cls,
+        model: Any,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        parameters: str = "all",
+    ) -> KernelProbe:
+        """The probe with a configuration's ranks, groups, output probes, seed and micro-batch."""
+        return cls(
+            model,
+            tokenizer,
+            rank=settings.rank,
+            groups=settings.groups,
+            output_probes=settings.output_probes,
+            seed=settings.seed,
+            parameters=parameters,
+            micro_batch_tokens=settings.micro_batch_tokens,
+        )
 
     def measure(self, prompts_a: Prompts, prompts_b: Prompts | None = None, *, exact: bool = False) -> KernelSimilarity:
         """Compare every prompt of ``prompts_a`` with every one of ``prompts_b`` (None: with one another).

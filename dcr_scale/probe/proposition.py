@@ -109,14 +109,7 @@ def measure_proposition(
         seed=settings.seed,
         token_limit=settings.micro_batch_tokens,
     )
-    probe = KernelProbe(
-        model,
-        rank=settings.rank,
-        groups=settings.groups,
-        output_probes=settings.output_probes,
-        seed=settings.seed,
-        micro_batch_tokens=settings.micro_batch_tokens,
-    )
+    probe = KernelProbe.configured(model, settings)
     found = probe.measure(prompts.ids)
     rows_ND = rows_ND.cpu()
     unit_ND = torch.nn.functional.normalize(rows_ND, dim=1)

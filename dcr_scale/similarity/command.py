@@ -170,16 +170,7 @@ def _load(config: SimilarityConfig, source: Path, world: World) -> tuple[KernelP
     placement.runnable(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    probe = KernelProbe(
-        model,
-        tokenizer,
-        rank=config.rank,
-        groups=config.groups,
-        output_probes=config.output_probes,
-        seed=config.seed,
-        parameters=config.parameters,
-        micro_batch_tokens=config.micro_batch_tokens,
-    )
+    probe = KernelProbe.configured(model, config, tokenizer, parameters=config.parameters)
     facts = {
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "layers": depth(model_config),

@@ -76,14 +76,7 @@ def at_moments(
 def _similarities(
     model: PreTrainedModel, encoder: ChatEncoder, pairs: Sequence[MatchedPair], settings: ProbeConfig
 ) -> list[float | None]:
-    probe = KernelProbe(
-        model,
-        rank=settings.rank,
-        groups=settings.groups,
-        output_probes=settings.output_probes,
-        seed=settings.seed,
-        micro_batch_tokens=settings.micro_batch_tokens,
-    )
+    probe = KernelProbe.configured(model, settings)
     observed, trained = ([encoder.encode(pair[side].text) for pair in pairs] for side in (0, 1))
     found = probe.measure(observed, trained).normalized.diagonal()
     return [None if math.isnan(value) else round(value, 4) for value in found.tolist()]
