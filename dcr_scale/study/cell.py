@@ -136,6 +136,8 @@ class Study:
             return self._write(cell, kept)
         method = METHODS[cell.method]
         trained, facts = self._train(cell, method)
+        if method.steering is not None:
+            facts["probe"] = {}  # what was measured while STL's model trained is STL's
         steering = self._steering(cell, trained)
         trained_at = time.perf_counter()
         found = self._judge(cell, trained, steering, world)
