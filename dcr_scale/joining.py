@@ -37,7 +37,7 @@ def joined(settings: EngineConfig, *, group_of_one: bool = True, helps: Sequence
         engines.finish()
         raise
     except torch.OutOfMemoryError as error:
-        advice = ", ".join([*helps, "or more GPUs"])
+        advice = ", ".join([*helps, "or more GPUs"]) if helps else "it takes more GPUs"
         raise OutOfMemory(f"rank {world.rank} ran out of memory: {advice}\n{error}") from None
     except Exception:
         # Leaving the group would wait for ranks that know nothing of this one's failure.
