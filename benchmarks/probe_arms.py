@@ -215,10 +215,10 @@ class GhostGram(Sink):
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
         return [inputs_MD] * len(units)
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
         self._add(kept @ kept.T, delta_MD)
 
-    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
+    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         self._add((ids_T[:, None] == ids_T[None, :]).float(), delta_TD)
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:

@@ -35,16 +35,19 @@ _active: Capture | None = None
 class Sink(Protocol):
     """What a pass's gradients go to. ``routing`` is None outside of experts, where a row is a token."""
 
-    def begin(self, rows: int) -> None:
-        """A backward pass begins: what follows, up to the next one, are the gradients of so many rows."""
+    def begin(self, layout: TokenLayout) -> None:
+        """A backward pass begins: what follows, up to :meth:`end`, are the gradients of this layout's rows."""
+
+    def end(self) -> None:
+        """The backward pass is over."""
 
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> Sequence[Tensor]:
         """What the backward pass will need, for each unit, of an input that all of them read; finite where it is."""
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
         """The gradient Σ δ aᵀ of a linear or of experts."""
 
-    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
+    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         """The gradient of a table of token vectors."""
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
@@ -66,8 +69,8 @@ class Capture:
         self._layout: TokenLayout | None = None
         self._hidden: Tensor | None = None
         self._backward = False
-        # By unit, of what came by: not finite as soon as one number is not.
-        self._sums: dict[str, list[Tensor]] = {}
+        # A unit's name, and the sum of what came by: not finite as soon as one number is not.
+        self._sums: list[tuple[str, Tensor]] = []
         self._seen: set[str] = set()
         # Recomputed inputs of element-wise modules that wait for their gradient, and the other way round.
         self._waiting: dict[int, Tensor] = {}
@@ -113,11 +116,12 @@ class Capture:
         self._hidden = None
         self._inputs.forget()
         for number, cotangent_BD in enumerate(cotangents_BD, start=1):
-            sink.begin(len(cotangent_BD))
+            sink.begin(layout)
             self._backward = True
             if hidden_BD.requires_grad:  # else no counted weight stands below it
                 hidden_BD.backward(cotangent_BD.to(hidden_BD.dtype), retain_graph=number < len(cotangents_BD))
             self._backward = False
+            sink.end()
             self._waiting.clear()
         self._fail(self._what_failed())
         return hidden_BD.detach().float(), logits.detach()
@@ -128,9 +132,10 @@ class Capture:
         return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
     def _what_failed(self) -> str | None:
-        names, self._sums, sums = list(self._sums), {}, self._sums
+        sums, self._sums = self._sums, []
+        names = [name for name, _ in sums]
         # One transfer from the device for all of them.
-        finite = torch.stack([sum(sums[name]) for name in names]).isfinite().tolist() if names else []
+        finite = torch.stack([total for _, total in sums]).isfinite().tolist() if sums else []
         if not all(finite):
             return f"{names[finite.index(False)]}: the activations or gradients that pass through it are not finite"
         for unit in self.inventory.units:
@@ -144,9 +149,11 @@ class Capture:
     def _fail(self, failure: str | None) -> None:
         self.failure = self.failure or failure
 
-    def _note(self, unit: Unit, what: Tensor) -> None:
+    def _note(self, unit: Unit, what: Tensor | None) -> None:
+        """The unit took part. ``what``: what must be finite; None where another unit has been noted with the same."""
         self._seen.add(unit.name)
-        self._sums.setdefault(unit.name, []).append(what.sum(dtype=torch.float32))
+        if what is not None:
+            self._sums.append((unit.name, what.sum(dtype=torch.float32)))
 
     # --- what comes by -----------------------------------------------------------------------------------------
 
@@ -158,22 +165,22 @@ class Capture:
                 'module that selects tokens; leave it out by parameters="trainable" or a name pattern'
             )
             return
-        kept = self._inputs.enter(self._sink, unit, x)
-        self._note(unit, kept if unit.weight else x.detach())
+        kept, is_first = self._inputs.enter(self._sink, unit, x)
+        self._note(unit, None if not is_first else kept if unit.weight else x.detach())
         self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
-            self._sink.product(unit, kept, delta.reshape(rows, -1), None, layout)
+            self._sink.product(unit, kept, delta.reshape(rows, -1), None)
 
         output.register_hook(receive)
 
     def _routed(self, unit: Unit, x_MD: Tensor, output_MD: Tensor, routing: Routing) -> None:
-        (kept,), layout = self._sink.enter([unit], x_MD.detach(), routing), self._layout
+        (kept,) = self._sink.enter([unit], x_MD.detach(), routing)
         self._note(unit, kept if unit.weight else x_MD.detach())
         self._begin_at(output_MD)
 
         def receive(delta_MD: Tensor) -> None:
-            self._sink.product(unit, kept, delta_MD, routing, layout)
+            self._sink.product(unit, kept, delta_MD, routing)
 
         output_MD.register_hook(receive)
 
@@ -334,7 +341,7 @@ class Capture:
                     # The padding token's vector never trains, wherever the token stands.
                     delta_TD = delta_TD * (ids_T != module.padding_idx)[:, None]
                 self._note(unit, delta_TD)
-                self._sink.lookup(unit, ids_T, delta_TD, layout)
+                self._sink.lookup(unit, ids_T, delta_TD)
 
             leaf.register_hook(receive)
         return leaf

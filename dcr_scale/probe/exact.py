@@ -46,6 +46,9 @@ class GhostSink(Sink):
     def __init__(self) -> None:
         self.factors = Factors()
 
+    def begin(self, layout: TokenLayout) -> None:
+        self._layout = layout
+
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
         inputs_MD = inputs_MD.double()
         return [self._counted(unit, inputs_MD) for unit in units]
@@ -56,28 +59,29 @@ class GhostSink(Sink):
             inputs_MD = inputs_MD[:, :0]
         return torch.cat([inputs_MD, inputs_MD.new_ones(len(inputs_MD), 1)], dim=1) if unit.bias else inputs_MD
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
+        layout = self._layout
         if routing is not None:
             kept, delta_MD = kept[routing.inverse], delta_MD[routing.inverse]
             experts = routing.experts[routing.inverse].view(layout.tokens, -1)
             self.factors.experts[unit.name] = layout.rows(experts)[0].flatten()
-        self._keep(unit, delta_MD, layout)
+        self._keep(unit, delta_MD)
         # Every copy of the prompt has the same inputs.
-        self.factors.inputs[unit.name] = self._rows(kept, layout)[0]
+        self.factors.inputs[unit.name] = self._rows(kept)[0]
 
-    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
-        self._keep(unit, delta_TD, layout)
-        self.factors.tokens[unit.name] = layout.rows(ids_T)[0]
+    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
+        self._keep(unit, delta_TD)
+        self.factors.tokens[unit.name] = self._layout.rows(ids_T)[0]
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
         self.factors.vectors[unit.name] = gradient_BD.double()
 
-    def _keep(self, unit: Unit, delta_MD: Tensor, layout: TokenLayout) -> None:
-        self.factors.deltas[unit.name] = self._rows(delta_MD.double(), layout)
+    def _keep(self, unit: Unit, delta_MD: Tensor) -> None:
+        self.factors.deltas[unit.name] = self._rows(delta_MD.double())
 
-    @staticmethod
-    def _rows(flat_MD: Tensor, layout: TokenLayout) -> Tensor:
+    def _rows(self, flat_MD: Tensor) -> Tensor:
         """[B, L · slots, D]."""
+        layout = self._layout
         per_token = flat_MD.reshape(layout.tokens, -1)
         return layout.rows(per_token).reshape(len(layout.index), -1, flat_MD.shape[1])
 

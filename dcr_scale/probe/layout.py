@@ -70,7 +70,7 @@ class TokenLayout:
         """Σ over each row's tokens: [tokens, D] as [B, D]; ``weights`` [tokens]: what a token is multiplied by."""
         members, starts = self._members
         # A bag of embeddings is just that, in one read and with no copy of the rows.
-        weights = None if weights is None else weights[members]
+        weights = weights if weights is None or self._is_view else weights[members]
         return F.embedding_bag(members, flat, starts, mode="sum", per_sample_weights=weights)
 
 

@@ -32,11 +32,12 @@ class SharedInputs:
         self._readers: list[Unit] = []
         self._entered: dict[str, Tensor] = {}
 
-    def enter(self, sink: Sink, unit: Unit, x: Tensor) -> Tensor:
-        """What ``sink`` keeps of ``unit``'s input ``x`` [..., D]."""
+    def enter(self, sink: Sink, unit: Unit, x: Tensor) -> tuple[Tensor, bool]:
+        """What ``sink`` keeps of ``unit``'s input ``x`` [..., D], and whether it is the first to read it."""
         flat = x.detach().reshape(-1, x.shape[-1])
         # Not held: between two linears an activation may be all that memory has no room for.
-        if self._last() is not x or self._version != x._version:
+        is_first = self._last() is not x or self._version != x._version
+        if is_first:
             self._last, self._version = weakref.ref(x), x._version
             self._readers = self._readers_of.setdefault(unit.name, [unit])
             kept = sink.enter(self._readers, flat, None)
@@ -44,4 +45,4 @@ class SharedInputs:
         elif unit.name not in self._entered:
             self._readers.append(unit)
             self._entered[unit.name] = sink.enter([unit], flat, None)[0]
-        return self._entered[unit.name]
+        return self._entered[unit.name], is_first

@@ -4,12 +4,16 @@ A gradient G [rows, columns] becomes S = P_out G P_inᵀ, rank × rank numbers a
 E ⟨S, S'⟩ = rank² ⟨G, G'⟩, and the sketch is divided by the rank so that the inner product itself is unbiased. A
 product's gradient Σ_t δ_t a_tᵀ is projected token by token, (P_out δ_t)(P_in a_t)ᵀ, and never formed.
 
-Shape suffixes: B rows of the micro-batch, L their longest, M rows of a product, G groups, p rank, W = G · p.
+What is left to do after the projections is small and alike for many units, so it waits until some have come together.
+
+Shape suffixes: B rows of the micro-batch, L their longest, M rows of a product, U units, s strips, c = p / s, G groups,
+p rank, W = G · p.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +24,9 @@ from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.units import Inventory, Unit
+
+# Projections and gradients that wait are added up when they take so much: what fits a cache is quickest.
+_WAITING_BYTES = 8 * 2**20
 
 
 class SketchSink(Sink):
@@ -42,9 +49,27 @@ class SketchSink(Sink):
         self.slices = [torch.zeros(items, projections.groups, width, device=head.device) for width in widths]
         self.meets = torch.zeros(items, head.probes, head.width, device=head.device) if head.crosses else None
         self.rows = slice(0, 0)
+        # Units and their parts, by what is to be done with them and the parts' shapes and dtypes.
+        self._waiting: dict[tuple, list[tuple[Unit, tuple[Tensor, ...]]]] = defaultdict(list)
+        self._waiting_bytes = 0
 
-    def begin(self, rows: int) -> None:
-        self.rows = slice(self.rows.stop, self.rows.stop + rows)
+    def begin(self, layout: TokenLayout) -> None:
+        self._layout = layout
+        self.rows = slice(self.rows.stop, self.rows.stop + len(layout.index))
+
+    def end(self) -> None:
+        waiting, self._waiting, self._waiting_bytes = self._waiting, defaultdict(list), 0
+        for (sketch, _), alike in waiting.items():
+            units, parts = zip(*alike, strict=True)
+            sketch(units, *(torch.stack(each) for each in zip(*parts, strict=True)))
+
+    def _wait(self, sketch: Callable[..., None], unit: Unit, *parts: Tensor) -> None:
+        """``sketch`` is called with this unit and others that have parts of the same shapes, and all parts [U, …]."""
+        shapes = tuple((x.shape, x.dtype) for x in parts)
+        self._waiting[sketch, shapes].append((unit, parts))
+        self._waiting_bytes += sum(x.nbytes for x in parts)
+        if self._waiting_bytes > _WAITING_BYTES:
+            self.end()
 
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
         columns = units[0].shape[1]
@@ -68,7 +93,7 @@ class SketchSink(Sink):
             entered.append(projected)
         return entered
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
         project = self.projections.project
         if routing is None:
             delta = project(unit.name, "out", delta_MD)
@@ -78,48 +103,59 @@ class SketchSink(Sink):
                 project(unit.name, "out", delta_MD[start:stop], expert * width) for expert, start, stop in routing.spans
             ]
             delta, kept = torch.cat(each, dim=-1)[..., routing.inverse], kept[..., routing.inverse]
-        self._outer(unit, delta, kept, layout)
+        self._wait(self._outer, unit, delta, kept)
 
-    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
+    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         met, which = ids_T.unique(return_inverse=True)
         tokens = self.projections.columns(unit.name, "in", met)[which].movedim(0, -1)[None].to(delta_TD.dtype)
-        self._outer(unit, self.projections.project(unit.name, "out", delta_TD), tokens, layout)
+        self._wait(self._outer, unit, self.projections.project(unit.name, "out", delta_TD), tokens)
         if self.meets is not None and unit.parameter is self._head.weight:
-            delta_BLD, probes_BLR = layout.rows(delta_TD.float()), layout.rows(self._head.at_tokens(ids_T))
+            rows = self._layout.rows
+            delta_BLD, probes_BLR = rows(delta_TD.float()), rows(self._head.at_tokens(ids_T))
             self.meets[self.rows] += torch.einsum("blr,bld->brd", probes_BLR, delta_BLD)
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
-        rows, columns = unit.shape
-        missing = rows * columns - gradient_BD.shape[1]
-        padded = torch.nn.functional.pad(gradient_BD, (0, missing)) if missing else gradient_BD
-        in_cW = self.projections.matrix(unit.name, "in", 0, columns, padded)
-        out_rW = self.projections.matrix(unit.name, "out", 0, rows, padded)
-        groups, rank = self.projections.groups, self.projections.rank
-        half = (padded.view(-1, rows, columns) @ in_cW).view(-1, rows, groups, rank)
-        self._add(unit, out_rW.view(rows, groups, rank).permute(1, 2, 0) @ half.permute(0, 2, 1, 3))
+        self._wait(self._folded, unit, gradient_BD)
 
-    def _outer(self, unit: Unit, delta: Tensor, inputs: Tensor, layout: TokenLayout) -> None:
-        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [s, G, c, M]."""
+    def _folded(self, units: Sequence[Unit], gradient_UBD: Tensor) -> None:
+        """Add vectors' gradients, each folded into a matrix (see :func:`~dcr_scale.probe.units.folded`)."""
+        rows, columns = units[0].shape
         groups, rank = self.projections.groups, self.projections.rank
+        missing = rows * columns - gradient_UBD.shape[-1]
+        padded = torch.nn.functional.pad(gradient_UBD, (0, missing)) if missing else gradient_UBD
+        in_UcW, out_UrW = (
+            torch.stack([self.projections.matrix(unit.name, role, 0, size, padded) for unit in units])
+            for role, size in (("in", columns), ("out", rows))
+        )
+        half = (padded.view(len(units), -1, columns) @ in_UcW).view(len(units), -1, rows, groups, rank)
+        out_UGpr = out_UrW.view(-1, rows, groups, rank).permute(0, 2, 3, 1)
+        self._add(units, out_UGpr[:, None] @ half.transpose(2, 3))
+
+    def _outer(self, units: Sequence[Unit], delta: Tensor, inputs: Tensor) -> None:
+        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [U, s, G, c, M]."""
+        layout, groups, rank = self._layout, self.projections.groups, self.projections.rank
+        strips = delta.shape[1] * inputs.shape[1]
         # Rows take turns among the strips, so that the first ones of a projection are those of a smaller rank.
         if layout.cu_seqlens is not None and delta.is_cuda:
-            # Groups as further segments: one launch for all of them.
+            # Groups and units as further segments: one launch for all of them.
             rows = delta.shape[-1]
             ends = layout.cu_seqlens * (rows // layout.tokens)
-            shift = torch.arange(groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
+            shift = torch.arange(len(units) * groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
             bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
-            flat = [x.permute(1, 3, 2, 0).reshape(-1, rank) for x in (delta, inputs)]
-            outer_GNpp = segment_outer(flat[0], flat[1], bounds).view(groups, -1, rank, rank)
-            outer_BGpp = outer_GNpp.transpose(0, 1)[: len(layout.index)]
+            flat = [x.permute(0, 2, 4, 3, 1).reshape(-1, rank) for x in (delta, inputs)]
+            outer = segment_outer(flat[0], flat[1], bounds).view(len(units), groups, -1, rank, rank)
+            outer_UBGpp = outer.transpose(1, 2)[:, : len(layout.index)]
         else:
-            # Groups as further rows. Neither einsum nor a broadcast matmul, which cost more than these small products.
-            split_BsGcL = [layout.split(x.float()) for x in (delta, inputs)]
-            left, right = (x.permute(0, 2, 3, 1, 4).reshape(-1, rank, x.shape[-1]) for x in split_BsGcL)
-            outer_BGpp = torch.bmm(left, right.mT).view(-1, groups, rank, rank)
-        self._add(unit, outer_BGpp, len(delta) * len(inputs))
+            # Units and groups as further rows. Neither einsum nor a broadcast matmul: they cost more than the products.
+            split_BUsGcL = [layout.split(x.float()) for x in (delta, inputs)]
+            left, right = (x.permute(1, 0, 3, 4, 2, 5).reshape(-1, rank, x.shape[-1]) for x in split_BUsGcL)
+            outer_UBGpp = torch.bmm(left, right.mT).view(len(units), -1, groups, rank, rank)
+        self._add(units, outer_UBGpp, strips)
 
-    def _add(self, unit: Unit, sketch_BGpp: Tensor, strips: int = 1) -> None:
+    def _add(self, units: Sequence[Unit], sketch_UBGpp: Tensor, strips: int = 1) -> None:
         """``strips``: those of both sides, multiplied."""
-        start, size = self._offset[unit.name], self.projections.rank**2
-        place = self.slices[unit.slice][self.rows, :, start : start + size]
-        place.add_(sketch_BGpp.flatten(2), alpha=strips**0.5 / self.projections.rank)
+        scale = strips**0.5 / self.projections.rank
+        for unit, sketch_BGpp in zip(units, sketch_UBGpp, strict=True):
+            start, size = self._offset[unit.name], self.projections.rank**2
+            place = self.slices[unit.slice][self.rows, :, start : start + size]
+            place.add_(sketch_BGpp.flatten(2), alpha=scale)

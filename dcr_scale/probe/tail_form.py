@@ -164,7 +164,7 @@ class TailSizes(Sink):
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
         return [inputs_MD.sum()] * len(units)
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None, layout: TokenLayout) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
         if unit.name not in self._tail:
             return
         pooled = self.pooled
@@ -181,7 +181,7 @@ class TailSizes(Sink):
         self._squares[unit.name] += float(gram_BB.square().sum() - gram_BB.diagonal().square().sum())
         self._pairs[unit.name] += pooled.rows * (pooled.rows - 1)
 
-    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor, layout: TokenLayout) -> None:
+    def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         return None
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:

@@ -28,8 +28,12 @@ class Recorder:
 
 
 def one_pass(shared: SharedInputs, sink: Recorder, *inputs: tuple[Unit, Tensor]) -> None:
+    last: Tensor | None = None
     for unit, x in inputs:
-        assert torch.equal(shared.enter(sink, unit, x), x.view(-1, 2) + ord(unit.name[0]))
+        kept, is_first = shared.enter(sink, unit, x)
+        assert torch.equal(kept, x.view(-1, 2) + ord(unit.name[0]))
+        assert is_first == (x is not last)
+        last = x
     shared.forget()
 
 
@@ -46,7 +50,8 @@ def test_a_pass_in_which_they_read_different_values_is_right_too(change):
     shared, sink = SharedInputs(), Recorder()
     x = torch.randn(3, 2)
     one_pass(shared, sink, (QUERY, x), (KEY, x))
-    assert torch.equal(shared.enter(sink, QUERY, x), x + ord("q"))
+    assert torch.equal(shared.enter(sink, QUERY, x)[0], x + ord("q"))
     y = torch.randn(3, 2) if change == "another" else x.mul_(2)
-    assert torch.equal(shared.enter(sink, KEY, y), y + ord("k"))
+    kept, is_first = shared.enter(sink, KEY, y)
+    assert torch.equal(kept, y + ord("k")) and is_first
     assert sink.calls[2:] == [["q", "k"], ["k"]]
