@@ -1,8 +1,9 @@
 """Stage 2: supervised safety alignment.
 
 Ordinary SFT on general instructions and a share of (toxic prompt, refusal) pairs, after the Safety-Tuned LLaMAs recipe
-(arXiv 2309.07875). DCR leaves it unchanged; without stage 1 before it, it is the baseline STL. Read
-:meth:`Aligner.run` first.
+(arXiv 2309.07875). DCR as published leaves it unchanged; without stage 1 before it, it is the baseline STL. Where
+``align.rehearsal`` says so, stage 1's loss is kept up beside it (:mod:`dcr_scale.rehearsal`). Read :meth:`Aligner.run`
+first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from dcr_scale import engine as engines
 from dcr_scale.config import AlignConfig, Config
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
+from dcr_scale.data.contrast import EncodedPrompts
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.data.packing import Pack, micro_batches, pack
 from dcr_scale.data.sampler import ShuffledSampler
@@ -34,6 +36,7 @@ from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import build_model
 from dcr_scale.models.verified_loading import load_verified
 from dcr_scale.profiling import traced
+from dcr_scale.rehearsal import Rehearsal
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.runlog import RunLog
 from dcr_scale.training_probe import TrainingProbe
@@ -86,6 +89,7 @@ class Aligner:
         model: the model to align: stage 1's export, or the source for plain STL.
         examples: what :func:`encode_mixture` made of general instructions and refusals.
         prefix: how many leading tokens all examples share.
+        contrast: the contrast prompts that are rehearsed, where any are.
         probe: what to measure on the model while it trains, if anything.
         checkpoints: where the stage is saved and taken up again, if anywhere.
     """
@@ -98,6 +102,7 @@ class Aligner:
         prefix: int,
         runlog: RunLog,
         world: World,
+        contrast: EncodedPrompts | None = None,
         probe: TrainingProbe | None = None,
         checkpoints: StageCheckpoints | None = None,
     ):
@@ -113,6 +118,11 @@ class Aligner:
         self.parameters = dict(self.model.named_parameters())
         if self.settings.method == "lora":
             self._add_adapters()
+        self.rehearsal: Rehearsal | None = None
+        if config.rehearsed is not None and contrast is not None:
+            self.rehearsal = Rehearsal(
+                config.rehearsed, contrast, self.model, prefix=prefix, seed=config.run.seed, world=world
+            )
         self.engine = engines.Engine(
             ResponseLoss(self.model), config.engine, self.settings.optimizer, self.steps, world
         )
@@ -151,21 +161,31 @@ class Aligner:
         drawn = self.sampler.batch(step)
         response_tokens = sum(len(self.examples[i].ids) - self.examples[i].response_start for i in drawn)
         costs = [len(self.examples[i].ids) - self.prefix for i in drawn]
-        plan = micro_batches(costs, world_size=self.world.size, limit=self.settings.micro_batch_tokens)
-        own = plan[self.world.rank]
-        summed, tokens = 0.0, 0
+        limit, rehearsed = self.settings.micro_batch_tokens, []
+        if self.rehearsal is not None:
+            limit, rehearsed = limit - self.rehearsal.tokens(step), self.rehearsal.share(step)
+        own = micro_batches(costs, world_size=self.world.size, limit=limit)[self.world.rank]
+        summed, contrastive, tokens = 0.0, 0.0, 0
         for number, group in enumerate(own):
             # LoRA's dropout: by the pack's name, so that no generator's state need be saved.
             seed_everything(f"{self.config.run.seed} align {step} {number} {self.world.rank}")
-            batch = self._pack([self.examples[drawn[i]] for i in group])
+            batch = self._pack([self.examples[drawn[i]] for i in group], rehearsed if number == 0 else [])
             tokens += batch.layout.tokens
-            loss = self.engine(batch)
             # The number of response tokens is the global one, so no rank's and no micro-batch's tokens weigh more.
-            self.engine.backward(loss * (self.world.size / response_tokens), last=number + 1 == len(own))
+            scale = self.world.size / response_tokens
+            if number == 0 and self.rehearsal is not None:
+                with self.rehearsal.watched():
+                    loss = self.engine(batch)
+                term = self.rehearsal.loss(rehearsed, batch.layout)
+                objective, contrastive = loss * scale + term, float(term.detach())
+            else:
+                loss = self.engine(batch)
+                objective = loss * scale
+            self.engine.backward(objective, last=number + 1 == len(own))
             summed += float(loss.detach())
         total, all_tokens = self.world.sum(summed, tokens)
         mean = total / response_tokens
-        update = self.engine.step(mean)
+        update = self.engine.step(mean + contrastive)
         self.runlog.step(
             "align",
             step + 1,
@@ -173,6 +193,7 @@ class Aligner:
             tokens=int(all_tokens),
             device_memory=self.runlog.memory(),
             loss=mean,
+            **({"rehearsal": contrastive} if self.rehearsal is not None else {}),
             grad_norm=update.grad_norm,
             lr=update.lr,
         )
@@ -201,11 +222,13 @@ class Aligner:
 
     # --- its parts ---------------------------------------------------------------------------------------------
 
-    def _pack(self, examples: list[EncodedExample]) -> Pack:
+    def _pack(self, examples: list[EncodedExample], rehearsed: list[int]) -> Pack:
+        """Contrast prompts, of which no token is to be predicted, and examples behind them."""
+        asked = [self.rehearsal.prompts.ids[i] for i in rehearsed] if self.rehearsal is not None else []
         return pack(
-            [example.ids for example in examples],
+            [*asked, *(example.ids for example in examples)],
             prefix=self.prefix,
-            response_starts=[example.response_start for example in examples],
+            response_starts=[*map(len, asked), *(example.response_start for example in examples)],
             device=self.world.device,
         )
 

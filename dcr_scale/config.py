@@ -181,6 +181,17 @@ class LoraConfig:
 
 
 @dataclass
+class RehearsalConfig:
+    """Keeps stage 1's contrastive loss up beside stage 2's own, so that what stage 1 pulled apart stays apart."""
+
+    weight: float = setting(0.0, "weight of the contrastive loss beside the mean loss of a token; 0: none", at_least=0)
+    batch_size: int = setting(16, "contrast prompts a step, over all ranks, half of them toxic", at_least=4)
+    layer: int | None = setting(None, "ℓ, where activations are taken; null: refine.layer", at_least=1)
+    pooling: Literal["last", "mean"] | None = setting(None, "null: refine.pooling, or last where refine is null")
+    loss: LossConfig | None = setting(None, "null: refine.loss, or its default where refine is null")
+
+
+@dataclass
 class AlignConfig:
     """Stage 2: supervised safety alignment."""
 
@@ -194,6 +205,7 @@ class AlignConfig:
     max_tokens: int = setting(256, "longest example; a longer response is cut there", at_least=16)
     micro_batch_tokens: int = setting(4096, "tokens of one packed micro-batch on one rank", at_least=16)
     optimizer: OptimizerConfig = setting(lambda: OptimizerConfig(lr=3e-4), "optimiser and schedule")
+    rehearsal: RehearsalConfig = setting(RehearsalConfig, "stage 1's loss, kept up")
 
 
 @dataclass
@@ -292,6 +304,33 @@ class Config:
     log: LogConfig = setting(LogConfig, "console and trackers")
     profile: ProfileConfig = setting(ProfileConfig, "where the time of a step goes")
 
+    @property
+    def rehearsed(self) -> Rehearsed | None:
+        """What stage 2 rehearses, ``refine``'s settings in the place of those not given; None where it does not.
+
+        ``refine.layer: auto`` must have given way to a number.
+        """
+        refine, align = self.refine, self.align
+        if align is None or not align.rehearsal.weight:
+            return None
+        own = align.rehearsal
+        layer = own.layer if own.layer is not None or refine is None else refine.chosen_layer
+        assert layer is not None, "align.rehearsal.layer has not been checked"
+        pooling = own.pooling or (refine.pooling if refine is not None else "last")
+        loss = own.loss or (refine.loss if refine is not None else LossConfig())
+        return Rehearsed(own.weight, own.batch_size, layer, pooling, loss)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A :class:`RehearsalConfig` whose every setting has a value."""
+
+    weight: float
+    batch_size: int
+    layer: int
+    pooling: Literal["last", "mean"]
+    loss: LossConfig
+
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """Read, override, type-check and cross-check a configuration. Raises UserError with one line."""
@@ -301,6 +340,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     if config.align is not None:
         _check_shares(config.data, config.align)
         _check_adapters(config.align)
+        if config.align.rehearsal.weight and config.align.rehearsal.layer is None and config.refine is None:
+            raise UserError(f"{path}: align.rehearsal needs align.rehearsal.layer where refine is null")
     if config.engine.offload_optimizer == "nvme" and config.engine.offload_folder is None:
         raise UserError(f"{path}: engine.offload_optimizer=nvme needs engine.offload_folder, on a local NVMe disk")
     if config.checkpoint.keep_every and (

@@ -41,6 +41,7 @@ from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_skeleton, read_config
 from dcr_scale.own_answers import answered_by, write_answers
 from dcr_scale.refine import Refiner, check_layer, contrast_sampler
+from dcr_scale.rehearsal import check_rehearsal
 from dcr_scale.report import write_report
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.resume.progress import Progress
@@ -90,6 +91,9 @@ class Run:
             self.model_config = read_config(self.source, config.model)
             if config.refine is not None and config.refine.layer != "auto":
                 check_layer(config.refine.chosen_layer, self.model_config, self.source)
+            if config.align is not None and config.align.rehearsal.weight and config.align.rehearsal.layer is not None:
+                layer = config.align.rehearsal.layer
+                check_layer(layer, self.model_config, self.source, "align.rehearsal.layer")
             self.data = load_data(config)
             self.tokenizer = read_tokenizer(self.source, config.model)
         self.encoder = ChatEncoder(
@@ -202,8 +206,9 @@ class Run:
         began, checkpoints = time.perf_counter(), self.folder.begin_stage("align")
         refusals = sum(instruction.refusal for instruction in self.mixture)
         aligner = Aligner(
-            self.config, model, self.examples, self.encoder.prefix, self.runlog, self.world, self.probe, checkpoints
-        )
+            self.config, model, self.examples, self.encoder.prefix, self.runlog, self.world, self.contrast.train,
+            self.probe, checkpoints,
+        )  # fmt: skip
         log.info(
             "stage 2: safety alignment on %d examples, %d of them refusals, in %d steps",
             len(self.examples), refusals, aligner.steps,
@@ -293,7 +298,12 @@ class Run:
             ]
             self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, align, self.world.size)
             ids = [example.ids for example in self.examples]
-            self.folder.shares["align"] = self._share([(ids, min(align.batch_size, len(ids)))])
+            trained: list[tuple[Sequence[Sequence[int]], int]] = [(ids, min(align.batch_size, len(ids)))]
+            if align.rehearsal.weight:
+                seed, prefix = self.config.run.seed, self.encoder.prefix
+                check_rehearsal(align, self.contrast.train, prefix=prefix, seed=seed, world=self.world)
+                trained.append((self.contrast.train.ids, align.rehearsal.batch_size))
+            self.folder.shares["align"] = self._share(trained)
 
     def _share(self, drawn: Sequence[tuple[Sequence[Sequence[int]], int]]) -> Share:
         """A rank's part of a step that draws so many out of each list of sequences."""

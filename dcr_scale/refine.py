@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dcr_kernels import circle_loss, pool, supcon_loss
+from dcr_kernels import pool
 from dcr_scale import engine as engines
-from dcr_scale.config import Config, LossConfig, RefineConfig
+from dcr_scale.config import Config, RefineConfig
 from dcr_scale.contrast_packs import ContrastPack, ContrastPacks
+from dcr_scale.contrastive import contrastive_loss
 from dcr_scale.data.contrast import ContrastPrompt, EncodedContrast
 from dcr_scale.data.packing import Pack
 from dcr_scale.data.sampler import ContrastSampler, shard
@@ -56,12 +56,12 @@ class Refined:
     after: Separation
 
 
-def check_layer(layer: int, config: PretrainedConfig, folder: Path) -> None:
+def check_layer(layer: int, config: PretrainedConfig, folder: Path, setting: str = "refine.layer") -> None:
     """The trunk must leave at least one layer above it: the method rests on a frozen tail."""
     layers = depth(config)
     if layer >= layers:
         raise UserError(
-            f"refine.layer={layer} is beyond the model: {folder} has {layers} layers, and at least one must stay "
+            f"{setting}={layer} is beyond the model: {folder} has {layers} layers, and at least one must stay "
             f"above the trunk; choose 1 to {layers - 1}"
         )
 
@@ -78,18 +78,6 @@ def contrast_sampler(
         sampling=settings.sampling,
         seed=seed,
     )
-
-
-def contrastive_loss(pooled_ND: Tensor, labels_N: Tensor, config: LossConfig, counts: list[int]) -> Tensor:
-    """The loss over all ranks' rows: its value is the global batch's, its gradient this rank's share times the world
-    size, as an engine that averages gradients needs it."""
-    if config.name == "circle":
-        loss = partial(circle_loss, margin=config.margin, gamma=config.gamma)
-    else:
-        loss = partial(supcon_loss, temperature=config.temperature)
-    group = dist.group.WORLD if len(counts) > 1 else None
-    # Statistics come with the loss only where they are asked for.
-    return cast(Tensor, loss(pooled_ND, labels_N, group=group, counts=counts, scale_grad_by_world_size=True))
 
 
 class Refiner:

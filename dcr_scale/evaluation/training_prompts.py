@@ -56,11 +56,11 @@ def training_prompts(run: Config) -> Mapping[str, list[str]]:
     """
     data = load_data(run)
     found: dict[str, list[str]] = {}
-    if run.refine is not None:
+    if run.refine is not None or (run.align is not None and run.align.rehearsal.weight):
         found["data.contrast"] = [prompt.text for prompt in (*data.contrast.train, *data.contrast.heldout)]
-        if run.refine.retention.weight:
-            retained = data.general.train[: run.refine.retention.prompts]
-            found["data.general"] = [instruction.prompt for instruction in retained]
+    if run.refine is not None and run.refine.retention.weight:
+        retained = data.general.train[: run.refine.retention.prompts]
+        found["data.general"] = [instruction.prompt for instruction in retained]
     for name, refusal in (("data.general", False), ("data.refusals", True)):
         if mixed := [one.prompt for one in data.mixture if one.response and one.refusal == refusal]:
             found[name] = [*found.get(name, []), *mixed]

@@ -140,8 +140,8 @@ class Planner:
 
     def _activations_of(self, name: str, work: Work) -> Activations:
         largest = work.largest
-        own, kept, responses = work.packs[largest], work.retained[largest], work.responses[largest]
-        key = (name, own, kept, responses)
+        own, beside, responses = work.packs[largest], work.beside[largest], work.responses[largest]
+        key = (name, own, beside, responses)
         if key not in self._activations:
             # torch describes its grouped products in bf16 alone; in float32 everything is twice as large.
             routed = any(use.kind == "experts" for use in self.modules[name].uses)
@@ -151,12 +151,12 @@ class Planner:
             if name == "refine":
                 assert self.config.refine is not None
                 found = trunk_activations(
-                    config, self.config.refine, model, contrast=own, retained=kept, **shared
+                    config, self.config.refine, model, contrast=own, retained=beside, **shared
                 )  # fmt: skip
             else:
                 assert self.config.align is not None
                 found = model_activations(
-                    config, self.config.align, model, examples=own, responses=responses, **shared
+                    config, self.config.align, model, examples=[*beside, *own], responses=responses, **shared
                 )  # fmt: skip
             scale = self.dtype.itemsize // dtype.itemsize
             self._activations[key] = Activations(found.kept * scale, found.working * scale)

@@ -54,7 +54,7 @@ class Work:
     Attributes:
         steps: optimiser steps of the stage, at most.
         packs: own tokens of the contrast prompts (or examples) in each pack.
-        retained: own tokens of the retained prompts in each pack.
+        beside: own tokens of other prompts in each pack: stage 1's retained, stage 2's rehearsed ones.
         responses: tokens of the largest pack on which a loss is taken.
         twice: the forward passes run once before, without gradients.
         batch: prompts of a step over all ranks.
@@ -63,7 +63,7 @@ class Work:
     prefix: int
     steps: int
     packs: tuple[tuple[int, ...], ...]
-    retained: tuple[tuple[int, ...], ...]
+    beside: tuple[tuple[int, ...], ...]
     responses: tuple[int, ...]
     twice: bool
     batch: int
@@ -77,7 +77,7 @@ class Work:
     @property
     def all_packs(self) -> list[tuple[int, ...]]:
         """The tokens of each pack's prompts, whatever they are for."""
-        return [(*own, *kept) for own, kept in zip(self.packs, self.retained, strict=True)]
+        return [(*own, *kept) for own, kept in zip(self.packs, self.beside, strict=True)]
 
     @property
     def largest(self) -> int:
@@ -172,36 +172,43 @@ def refine_work(lengths: Lengths, settings: RefineConfig, gpus: int) -> Work:
         prefix=lengths.prefix,
         steps=settings.steps,
         packs=tuple(tuple(costs[i] for i in group if i < len(own)) for group in groups),
-        retained=tuple(tuple(costs[i] for i in group if i >= len(own)) for group in groups),
+        beside=tuple(tuple(costs[i] for i in group if i >= len(own)) for group in groups),
         responses=tuple(0 for _ in groups),
         twice=count > 1,
         batch=batch,
-        note=_grown(settings.batch_size, batch, "refine"),
+        note=_grown(settings.batch_size, batch, "refine.batch_size", refused=batch < 2 * settings.batch_size),
     )
 
 
 def align_work(lengths: Lengths, settings: AlignConfig, gpus: int) -> Work:
-    """Stage 2's step on ``gpus`` ranks. A batch that leaves ranks without examples is taken to grow likewise."""
+    """Stage 2's step on ``gpus`` ranks. A batch that leaves ranks without examples is taken to grow likewise, and so is
+    one of rehearsed prompts that does not divide over them."""
     batch = max(min(settings.batch_size, len(lengths.examples)), gpus)
     order = _spread(lengths.examples, batch)
     costs = [lengths.examples[i] for i in order]
-    plan = micro_batches(costs, world_size=gpus, limit=settings.micro_batch_tokens)
+    share, notes = 0, [_grown(settings.batch_size, batch, "align.batch_size", refused=False)]
+    if settings.rehearsal.weight:
+        share, asked = math.ceil(settings.rehearsal.batch_size / gpus), settings.rehearsal.batch_size
+        notes.append(_grown(asked, share * gpus, "align.rehearsal.batch_size", refused=True))
+    # They ride in every rank's first pack.
+    rehearsed = tuple(lengths.contrast[i] for i in _spread(lengths.contrast, share))
+    plan = micro_batches(costs, world_size=gpus, limit=settings.micro_batch_tokens - sum(rehearsed))
     busiest = max(plan, key=lambda packs: sum(costs[i] for pack in packs for i in pack))
     return Work(
         prefix=lengths.prefix,
         steps=max(1, math.ceil(settings.epochs * len(lengths.examples) / batch)),
         packs=tuple(tuple(costs[i] for i in pack) for pack in busiest),
-        retained=tuple(() for _ in busiest),
+        beside=(rehearsed, *(() for _ in busiest[1:])),
         responses=tuple(sum(lengths.responses[order[i]] for i in pack) for pack in busiest),
         twice=False,
         batch=batch,
-        note=_grown(settings.batch_size, batch, "align"),
+        note="; ".join(filter(None, notes)),
     )
 
 
-def _grown(asked: int, batch: int, stage: str) -> str:
-    why = "fewer than the GPUs" if batch >= 2 * asked or stage == "align" else "which the run refuses on so many GPUs"
-    return f"{stage}.batch_size is {asked}, {why}: planned for {batch}" if batch > asked else ""
+def _grown(asked: int, planned: int, setting: str, *, refused: bool) -> str:
+    why = "which the run refuses on so many GPUs" if refused else "fewer than the GPUs"
+    return f"{setting} is {asked}, {why}: planned for {planned}" if planned > asked else ""
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[int]:

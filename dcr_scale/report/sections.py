@@ -292,6 +292,7 @@ def _curves(page: Page, run: RunRecord) -> list[Figure]:
             curves.heldout_cosines(run),
             curves.curve(run, "retention", "Retention term, stage 1", "retention", ["refine"]),
             curves.curve(run, "loss-2", "Loss per response token, stage 2", "loss", ["align"]),
+            curves.curve(run, "rehearsal", "Rehearsal term, stage 2", "rehearsal", ["align"]),
             curves.curve(run, "gradient", "Gradient norm", "grad_norm", both, rangemode="tozero"),
             curves.curve(run, "rate", "Learning rate", "lr", both, rangemode="tozero", exponentformat="power"),
         ]

@@ -46,7 +46,13 @@ CASES: dict[str, tuple[int, PretrainedConfig, list[str]]] = {
     "two-passes": (
         4,
         Qwen3Config(**shape(128, 6)),
-        ["refine.micro_batch_tokens=24", "engine.max_live=300000", "model.gradient_checkpointing=true"],
+        [
+            "refine.micro_batch_tokens=24",
+            "engine.max_live=300000",
+            "model.gradient_checkpointing=true",
+            "align.rehearsal.weight=0.5",
+            "align.rehearsal.batch_size=4",
+        ],
     ),
 }
 COMMON = [
