@@ -25,7 +25,7 @@ from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.units import Inventory, Unit
 
-# Projections and gradients that wait are added up when they take so much: what fits a cache is quickest.
+# Projections and gradients that wait are added up when they take so much.
 _WAITING_BYTES = 8 * 2**20
 
 

@@ -38,7 +38,7 @@ from dcr_scale.models.checkpoint import Checkpoint, resolve
 from dcr_scale.own_answers import own_answers
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
-from dcr_scale.study.grid import SHARES, Cell, measured, probed
+from dcr_scale.study.grid import Cell, measured, probed
 from dcr_scale.study.heldout_kernel import at_moments, heldout_pairs
 from dcr_scale.study.methods import METHODS, Method
 from dcr_scale.world import World, device_name, from_environment, versions
@@ -112,8 +112,10 @@ class Study:
             used["fit"] = _FIT[method.steering]
         if method.answered:
             used["answered"] = [method.answered, self.data.contrast["without_general"]]
-        # How memory is spent and what is written besides change no model.
+        # How memory is spent and what is written besides change no model, nor does what is not rehearsed.
         used["align"]["lora"].pop("export")
+        if not used["align"]["rehearsal"]["weight"]:
+            used["align"].pop("rehearsal")
         return _digest(used)
 
     def _stage_1(self, cell: Cell) -> dict[str, Any]:
@@ -276,12 +278,10 @@ class Study:
                 raise UserError(f"only {len(rows)} of {len(prompts)} prompts are answered; {title} needs {wanted}")
             (partial / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-        return (
-            build_once(
-                self.work / "answered" / f"seed{cell.seed}_{self.made_by(replace(cell, share=SHARES[0]))}", build
-            )
-            / "answered.jsonl"
-        )
+        # The same at all shares, and for methods that differ elsewhere.
+        prompts = self.data.contrast["without_general"]
+        made_by = _digest({"model": self.base.model.path, "answered": [METHODS[cell.method].answered, prompts]})
+        return build_once(self.work / "answered" / f"seed{cell.seed}_{made_by}", build) / "answered.jsonl"
 
     def _steering(self, cell: Cell, trained: Path) -> baselines.Steering | None:
         steering = METHODS[cell.method].steering

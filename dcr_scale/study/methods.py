@@ -76,6 +76,22 @@ METHODS: dict[str, Method] = {
         answered=64,
         on_top=True,
     ),
+    "dcr_retained_on_top": Method(
+        "the same with retention in stage 1",
+        contrast="mixed",
+        refine={"retention.weight": 1.0},
+        align={"examples": 416},
+        answered=64,
+        on_top=True,
+    ),
+    "dcr_rehearsed_on_top": Method(
+        "the same with retention in stage 1 and rehearsal in stage 2",
+        contrast="mixed",
+        refine={"retention.weight": 1.0},
+        align={"examples": 416, "rehearsal.weight": 0.3, "rehearsal.layer": 16},
+        answered=64,
+        on_top=True,
+    ),
     "dcr_answered_twice": Method(
         "DCR, 64 answered prompts, 416 examples", contrast="mixed", align={"examples": 416}, answered=64
     ),

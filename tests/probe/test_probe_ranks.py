@@ -10,7 +10,7 @@ from torch import Tensor
 from toy_models import toy_model, zero3
 from transformers import PreTrainedModel
 
-from dcr_scale.probe import KernelProbe, KernelSimilarity
+from dcr_scale.probe import KernelProbe, KernelSimilarity, sketch
 
 PROMPTS_A = [[3, 4, 5, 6, 7], [8, 0, 3, 9, 2, 30, 4], [9, 9], [31, 5, 17]]
 PROMPTS_B = [[3, 4, 5, 17, 7], [8, 0, 3, 9, 2, 30, 4], [12]]
@@ -42,6 +42,14 @@ def test_micro_batches_packing_and_checkpointing_change_nothing(family, tied):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for packed in (True, False):
         assert_same(KernelProbe(model, **SETTINGS, packed=packed).measure(PROMPTS_A, PROMPTS_B), expected, selves)
+
+
+@pytest.mark.parametrize("waiting_bytes", [0, 1000])
+def test_when_what_waits_is_added_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, waiting_bytes: int):
+    """One unit after another, some at a time, or, as here by default, all of a backward pass at once."""
+    expected, selves = measured("qwen3-moe", True)
+    monkeypatch.setattr(sketch, "_WAITING_BYTES", waiting_bytes)
+    assert_same(measured("qwen3-moe", True)[0], expected, selves)
 
 
 def test_a_prompt_s_numbers_do_not_depend_on_the_others():
