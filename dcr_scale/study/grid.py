@@ -27,6 +27,7 @@ _SECOND = (
     "stl_aug_more",
     "stl_more",
     "dcr_toxic_third",
+    "dcr_rehearsed_on_top",
 )
 
 
@@ -48,8 +49,10 @@ class Cell:
 
 
 def probed(cell: Cell) -> bool:
-    """Whether kernel similarity is measured through this cell's training: once for each seed of what is claimed."""
-    return cell.method in ("stl", *CLAIMED) and cell.share == SHARES[-1]
+    """Whether kernel similarity is measured through this cell's training, which takes longer than training does: once
+    for each seed of what is claimed, and by the first seed of its last, which differs in stage 1."""
+    seeds = SEEDS[:1] if cell.method == CLAIMED[-1] else SEEDS
+    return cell.method in ("stl", *CLAIMED) and cell.share == SHARES[-1] and cell.seed in seeds
 
 
 def measured(cell: Cell) -> bool:
@@ -67,8 +70,8 @@ def first_grid() -> list[Cell]:
 
 
 def second_grid() -> list[Cell]:
-    """What the first grid suggests to ask next: the best recipe by all seeds, and which parts of DCR matter."""
-    cells = [Cell(seed, CLAIMED[-1], share) for seed in SEEDS for share in SHARES]
+    """What the first grid suggests to ask next: the best recipes by all seeds, and which parts of DCR matter."""
+    cells = [Cell(seed, method, share) for method in CLAIMED[:0:-1] for seed in SEEDS for share in SHARES]
     return cells + [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
 
 

@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
         on_top=True,
     ),
     "dcr_retained_on_top": Method(
-        "the same with retention in stage 1",
+        "DCR, the same with retention in stage 1",
         contrast="mixed",
         refine={"retention.weight": 1.0},
         align={"examples": 416},
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
         on_top=True,
     ),
     "dcr_rehearsed_on_top": Method(
-        "the same with retention in stage 1 and rehearsal in stage 2",
+        "DCR, the same with retention and rehearsal",
         contrast="mixed",
         refine={"retention.weight": 1.0},
         align={"examples": 416, "rehearsal.weight": 0.3, "rehearsal.layer": 16},
@@ -100,6 +100,6 @@ METHODS: dict[str, Method] = {
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }
 
-# What the goals are asked of: DCR as the paper has it, and the best that was found.
-CLAIMED = ("dcr", "dcr_answered_on_top")
+# What the goals are asked of: DCR as the paper has it, the same with answered prompts, and the best that was found.
+CLAIMED = ("dcr", "dcr_answered_on_top", "dcr_retained_on_top")
 BASELINES = ("stl", "stl_aug", "surgical", "scans")

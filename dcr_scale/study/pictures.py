@@ -20,7 +20,7 @@ from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
 
-_LINES: dict[str, Any] = {"stl": "--", **dict(zip(CLAIMED, ("-", ":"), strict=True))}
+_LINES: dict[str, Any] = {"stl": "--", **dict(zip(CLAIMED, ("-", ":", "-."), strict=True))}
 _PAIRS = {"cross": "#009E73", "within_toxic": "#D55E00", "within_seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
 _CLASSES = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#7F7F7F"}
 
