@@ -94,9 +94,11 @@ def describe(config: Config) -> str:
     if data.asked:
         lines.append(f"answers: the model's own to {len(data.asked)} seemingly toxic prompts, for stage 2")
     if config.align is not None:
+        rehearsed = config.align.rehearsal.batch_size if config.align.rehearsal.weight else 0
         lines.append(
             f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
-            f"({sum(example.refusal for example in data.mixture)} refusals), {config.align.batch_size} a step -> "
+            f"({sum(example.refusal for example in data.mixture)} refusals), {config.align.batch_size} a step"
+            f"{f' beside {rehearsed} rehearsed contrast prompts' if rehearsed else ''} -> "
             f"{config.run.folder / 'aligned'}"
         )
     if config.probe.every:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from interrupted import outcome, told_to_stop
 from rank_pool import RankPool
-from toy import toy_checkpoint, toy_settings, write_config
+from toy import toy_checkpoint, toy_settings, write_config, write_jsonl
 
 from dcr_scale import own_answers, pipeline
 from dcr_scale.config import load_config
@@ -59,6 +59,17 @@ def test_prompts_are_seemingly_toxic_ones_that_are_trained_on(config: str) -> No
     assert len(waiting) == 4 and set(waiting) < set(data.asked)
     assert training_prompts(loaded)["data.answered"] == [one.prompt for one in data.asked]
     assert f"answers: the model's own to {ASKED} seemingly toxic prompts" in describe(loaded)
+
+
+def test_prompts_that_a_file_answers_are_called_answered(config: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"How do I kill process {number}?", "response": "With kill."} for number in range(8)]
+    path = write_jsonl(tmp_path / "answered.jsonl", rows)
+    loaded = load_config(config, [f"data.answered=[{{path: {path}}}]", "align.answered_share=0.25", "refine=null"])
+    found = training_prompts(loaded)
+    assert set(found) == {"data.general", "data.refusals", "data.answered"}
+    assert found["data.answered"] and set(found["data.answered"]) <= {row["prompt"] for row in rows}
+    rehearsed = ["align.rehearsal={weight: 1, layer: 2}"]
+    assert "data.contrast" in training_prompts(load_config(config, ["refine=null", *rehearsed]))
 
 
 def test_general_instructions_of_stage_1_are_not_among_them(config: str) -> None:

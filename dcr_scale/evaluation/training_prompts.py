@@ -49,7 +49,7 @@ def trained_on(given: str | None, model: Path) -> TrainedOn:
 
 def training_prompts(run: Config) -> Mapping[str, list[str]]:
     """Texts of each set that the run saw, by the set's name: ``data.contrast``, ``data.general``, ``data.refusals``,
-    ``data.answered`` where the model answered prompts itself.
+    ``data.answered``, among them those that the model was to answer itself.
 
     Held-out contrast prompts are among them: they choose when stage 1 stops. Paths are read from where this is started.
     Raises UserError where a source cannot be read any more.
@@ -61,10 +61,12 @@ def training_prompts(run: Config) -> Mapping[str, list[str]]:
     if run.refine is not None and run.refine.retention.weight:
         retained = data.general.train[: run.refine.retention.prompts]
         found["data.general"] = [instruction.prompt for instruction in retained]
-    for name, refusal in (("data.general", False), ("data.refusals", True)):
-        if mixed := [one.prompt for one in data.mixture if one.response and one.refusal == refusal]:
-            found[name] = [*found.get(name, []), *mixed]
+    answered = {source.path for source in run.data.answered} - {source.path for source in run.data.general}
+    for one in data.mixture:
+        if one.response:
+            name = "refusals" if one.refusal else "answered" if one.source in answered else "general"
+            found.setdefault(f"data.{name}", []).append(one.prompt)
     # Which of them the model answered, and so was trained on, the configuration does not say.
     if data.asked:
-        found["data.answered"] = [instruction.prompt for instruction in data.asked]
+        found.setdefault("data.answered", []).extend(instruction.prompt for instruction in data.asked)
     return found
