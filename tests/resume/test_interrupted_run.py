@@ -30,6 +30,7 @@ from dcr_scale.world import World
 
 CPU = torch.device("cpu")
 LORA = ["align.method=lora", "align.lora.dropout=0.3"]
+REHEARSED = ["align.rehearsal={weight: 0.5, batch_size: 4}", "align.micro_batch_tokens=256"]
 PROBE = [f"probe.{key}=2" for key in ("pairs", "prompts", "rank", "groups", "output_probes")]
 # Where a run can be told to stop: in the middle of a stage, in the step before its end, between the parts.
 MOMENTS = {
@@ -66,7 +67,9 @@ def interrupt(config: Path, folder: Path, stage: str, step: int, *overrides: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [["probe.every=2", *PROBE], LORA], ids=["full, with the probe", "lora"])
+@pytest.mark.parametrize(
+    "overrides", [["probe.every=2", *PROBE], [*LORA, *REHEARSED]], ids=["full, with the probe", "lora, rehearsed"]
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     config: Path, tmp_path: Path, overrides: list[str], alone: None
 ) -> None:

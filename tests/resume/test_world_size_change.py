@@ -41,11 +41,13 @@ def part_of_run(config: str, overrides: list[str], stop_at: tuple[str, int] | No
 @pytest.mark.parametrize(("stage", "method"), [("refine", "full"), ("align", "full"), ("align", "lora")])
 def test_two_ranks_then_four_then_one(tmp_path: Path, ranks: RankPool, stage: str, method: str) -> None:
     """20 steps: 7 on two ranks, 7 on four, the rest on one. In stage 1 the layers above are frozen, and so is all but
-    the adapters in stage 2 with LoRA. Whichever rank the signal strikes, all stop."""
+    the adapters in stage 2 with LoRA, which rehearses. Whichever rank the signal strikes, all stop."""
     source = toy_checkpoint(tmp_path / "model", "llama")
     settings = toy_settings(tmp_path, source)
     settings["refine"] |= {"steps": 20, "stop": {"every": 50}}
     settings["align"] |= {"method": method, "lora": {"dropout": 0}, "epochs": 4.4}
+    if method == "lora":
+        settings["align"] |= {"rehearsal": {"weight": 0.5, "batch_size": 4, "layer": 2}, "micro_batch_tokens": 256}
     config = str(write_config(tmp_path, settings))
     overrides = ["look.enabled=false", f"{'align' if stage == 'refine' else 'refine'}=null"]
     cut, whole = [*overrides, f"run.dir={tmp_path / 'cut'}"], [*overrides, f"run.dir={tmp_path / 'whole'}"]
