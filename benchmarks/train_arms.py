@@ -25,6 +25,7 @@ from dcr_scale.config import Config
 from dcr_scale.data.chat import ChatEncoder, EncodedExample
 from dcr_scale.data.contrast import EncodedContrast, encode_contrast
 from dcr_scale.data.packing import micro_batches
+from dcr_scale.errors import UserError
 from dcr_scale.models.loading import open_source, read_tokenizer
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
@@ -142,6 +143,8 @@ def align_steps(
     """Stage 2's own steps. Its tokens are those of the examples, the shared prefix counted in each."""
     settings, world = config.align, steps.world
     assert settings is not None
+    if settings.rehearsal.weight:
+        raise UserError("stage 2 is timed without rehearsal: leave align.rehearsal.weight at 0")
     modules = whole_modules(model.config, settings)
     with tempfile.TemporaryDirectory() as folder:
         runlog = RunLog(config.log, Path(folder), "benchmark", {}, world)

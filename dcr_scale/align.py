@@ -119,7 +119,8 @@ class Aligner:
         if self.settings.method == "lora":
             self._add_adapters()
         self.rehearsal: Rehearsal | None = None
-        if config.rehearsed is not None and contrast is not None:
+        if config.rehearsed is not None:
+            assert contrast is not None, "there is nothing to rehearse"
             self.rehearsal = Rehearsal(
                 config.rehearsed, contrast, self.model, prefix=prefix, seed=config.run.seed, world=world
             )
@@ -161,10 +162,9 @@ class Aligner:
         drawn = self.sampler.batch(step)
         response_tokens = sum(len(self.examples[i].ids) - self.examples[i].response_start for i in drawn)
         costs = [len(self.examples[i].ids) - self.prefix for i in drawn]
-        limit, rehearsed = self.settings.micro_batch_tokens, []
-        if self.rehearsal is not None:
-            limit, rehearsed = limit - self.rehearsal.tokens(step), self.rehearsal.share(step)
-        own = micro_batches(costs, world_size=self.world.size, limit=limit)[self.world.rank]
+        rehearsed, beside = self.rehearsal.of_step(step) if self.rehearsal is not None else ([], 0)
+        limit = self.settings.micro_batch_tokens
+        own = micro_batches(costs, world_size=self.world.size, limit=limit, beside=beside)[self.world.rank]
         summed, contrastive, tokens = 0.0, 0.0, 0
         for number, group in enumerate(own):
             # LoRA's dropout: by the pack's name, so that no generator's state need be saved.
@@ -177,7 +177,8 @@ class Aligner:
                 with self.rehearsal.watched():
                     loss = self.engine(batch)
                 term = self.rehearsal.loss(rehearsed, batch.layout)
-                objective, contrastive = loss * scale + term, float(term.detach())
+                objective = loss * scale + self.settings.rehearsal.weight * term
+                contrastive = float(term.detach())
             else:
                 loss = self.engine(batch)
                 objective = loss * scale
@@ -185,7 +186,7 @@ class Aligner:
             summed += float(loss.detach())
         total, all_tokens = self.world.sum(summed, tokens)
         mean = total / response_tokens
-        update = self.engine.step(mean + contrastive)
+        update = self.engine.step(mean + self.settings.rehearsal.weight * contrastive)
         self.runlog.step(
             "align",
             step + 1,

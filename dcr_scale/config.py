@@ -188,7 +188,9 @@ class RehearsalConfig:
     batch_size: int = setting(16, "contrast prompts a step, over all ranks, half of them toxic", at_least=4)
     layer: int | None = setting(None, "ℓ, where activations are taken; null: refine.layer", at_least=1)
     pooling: Literal["last", "mean"] | None = setting(None, "null: refine.pooling, or last where refine is null")
-    loss: LossConfig | None = setting(None, "null: refine.loss, or its default where refine is null")
+    loss: LossConfig | None = setting(
+        None, "null: refine.loss, or the default where refine is null; what is given is all of it, refine.loss aside"
+    )
 
 
 @dataclass
@@ -318,14 +320,13 @@ class Config:
         assert layer is not None, "align.rehearsal.layer has not been checked"
         pooling = own.pooling or (refine.pooling if refine is not None else "last")
         loss = own.loss or (refine.loss if refine is not None else LossConfig())
-        return Rehearsed(own.weight, own.batch_size, layer, pooling, loss)
+        return Rehearsed(own.batch_size, layer, pooling, loss)
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A :class:`RehearsalConfig` whose every setting has a value."""
+    """What stage 2 rehearses: a :class:`RehearsalConfig` whose every setting has a value."""
 
-    weight: float
     batch_size: int
     layer: int
     pooling: Literal["last", "mean"]

@@ -31,9 +31,14 @@ def model_card(config: Config, stage: str, source: Path, facts: Mapping[str, Any
     after = ""
     if stage != "refined":
         baseline = "STL-aug" if config.data.answered else "STL"
-        after = (
-            " after contrastive refinement (DCR)" if config.refine is not None else f", without refinement ({baseline})"
-        )
+        rehearsed = config.align is not None and config.align.rehearsal.weight > 0
+        if config.refine is not None:
+            after = " after contrastive refinement (DCR)"
+        elif rehearsed:
+            after = ", without refinement before it"
+        else:
+            after = f", without refinement ({baseline})"
+        after += ", with the contrastive loss kept up" if rehearsed else ""
     library = "peft" if stage == "adapter" else "transformers"
     tree = typed_yaml.to_tree(config)
     settings = {name: tree[name] for name in ("data", "refine", "align") if tree[name] is not None}

@@ -220,6 +220,7 @@ class Run:
             "refusals": refusals,
             "first_loss": round(result.first_loss, 5),
             "last_loss": round(result.last_loss, 5),
+            **({"rehearsal_weight": settings.rehearsal.weight} if settings.rehearsal.weight else {}),
         }
         aligner.close()
         if settings.method == "lora" and settings.lora.export != "merged":
@@ -298,12 +299,12 @@ class Run:
             ]
             self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, align, self.world.size)
             ids = [example.ids for example in self.examples]
-            trained: list[tuple[Sequence[Sequence[int]], int]] = [(ids, min(align.batch_size, len(ids)))]
+            beside = 0
             if align.rehearsal.weight:
                 seed, prefix = self.config.run.seed, self.encoder.prefix
-                check_rehearsal(align, self.contrast.train, prefix=prefix, seed=seed, world=self.world)
-                trained.append((self.contrast.train.ids, align.rehearsal.batch_size))
-            self.folder.shares["align"] = self._share(trained)
+                beside = check_rehearsal(align, self.contrast.train, prefix=prefix, seed=seed, world=self.world)
+            share = self._share([(ids, min(align.batch_size, len(ids)))])
+            self.folder.shares["align"] = Share(share.tokens + beside, share.longest + beside)
 
     def _share(self, drawn: Sequence[tuple[Sequence[Sequence[int]], int]]) -> Share:
         """A rank's part of a step that draws so many out of each list of sequences."""

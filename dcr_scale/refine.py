@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dcr_kernels import pool
 from dcr_scale import engine as engines
 from dcr_scale.config import Config, RefineConfig
 from dcr_scale.contrast_packs import ContrastPack, ContrastPacks
-from dcr_scale.contrastive import contrastive_loss
+from dcr_scale.contrastive import contrastive_loss, pooled_rows
 from dcr_scale.data.contrast import ContrastPrompt, EncodedContrast
 from dcr_scale.data.packing import Pack
 from dcr_scale.data.sampler import ContrastSampler, shard
@@ -238,20 +237,11 @@ class Refiner:
 
     def _pooled(self, part: ContrastPack, hidden_TD: Tensor) -> Tensor:
         """Unit rows [n, D] of the pack's contrast prompts, which come first in it."""
-        layout = part.batch.layout
-        if not part.contrast:
-            return hidden_TD.new_zeros(0, hidden_TD.shape[1], dtype=torch.float32)
-        return pool(
-            hidden_TD[layout.prefix : layout.starts[len(part.contrast)]],
-            layout.cu_seqlens[: len(part.contrast) + 1],
-            mode=self.settings.pooling,
-        )
+        return pooled_rows(hidden_TD, part.batch.layout, len(part.contrast), self.settings.pooling)
 
     def _contrastive(self, pooled_ND: Tensor, contrast: list[int]) -> Tensor:
-        labels_N = torch.tensor(
-            [int(self.train.prompts[i].label == "toxic") for i in contrast], device=pooled_ND.device
-        )
-        return contrastive_loss(pooled_ND, labels_N, self.settings.loss, [len(contrast)] * self.world.size)
+        prompts = [self.train.prompts[i] for i in contrast]
+        return contrastive_loss(pooled_ND, prompts, self.settings.loss, self.world.size)
 
     def _distance(self, part: ContrastPack, hidden_TD: Tensor, *, packs: int) -> Tensor:
         """This pack's part of the summed retention distance; 0 where nothing is retained."""

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dcr_kernels import pool
 from dcr_scale.config import AlignConfig, Rehearsed
-from dcr_scale.contrastive import contrastive_loss
+from dcr_scale.contrastive import contrastive_loss, pooled_rows
 from dcr_scale.data.contrast import EncodedPrompts
 from dcr_scale.data.packing import PackLayout
 from dcr_scale.data.sampler import ContrastSampler, shard
@@ -28,24 +26,26 @@ from dcr_scale.world import World
 _BATCH_SIZE = "align.rehearsal.batch_size"
 
 
-def check_rehearsal(settings: AlignConfig, prompts: EncodedPrompts, *, prefix: int, seed: int, world: World) -> None:
-    """Raise UserError where stage 2's contrast batches cannot be made or shared out, or fill its packs."""
-    _sampler(settings.rehearsal.batch_size, prompts, seed, world)
-    each = settings.rehearsal.batch_size // world.size
-    tokens = each * sum(len(ids) - prefix for ids in prompts.ids) / len(prompts.ids)
-    if tokens > settings.micro_batch_tokens / 2:
+def check_rehearsal(settings: AlignConfig, prompts: EncodedPrompts, *, prefix: int, seed: int, world: World) -> int:
+    """Tokens of rehearsed prompts on a rank, in the mean over steps.
+
+    Raises UserError where stage 2's contrast batches cannot be made or shared out, or leave no room in its packs.
+    """
+    size = settings.rehearsal.batch_size
+    _sampler(size, prompts, seed, world)
+    tokens = round(size / world.size * sum(len(ids) - prefix for ids in prompts.ids) / len(prompts.ids))
+    if tokens >= settings.micro_batch_tokens:
         raise UserError(
-            f"{_BATCH_SIZE}={settings.rehearsal.batch_size} takes some {tokens:.0f} tokens on each of {world.size} "
-            f"ranks, more than half of align.micro_batch_tokens={settings.micro_batch_tokens}: lower the one or raise "
-            "the other"
+            f"{_BATCH_SIZE}={size} takes some {tokens} tokens on each rank (world size {world.size}), and "
+            f"align.micro_batch_tokens={settings.micro_batch_tokens} leaves no room beside them: lower the one or "
+            "raise the other"
         )
+    return tokens
 
 
 def _sampler(batch_size: int, prompts: EncodedPrompts, seed: int, world: World) -> ContrastSampler:
     shard(range(batch_size), world.rank, world.size, setting=_BATCH_SIZE)
-    return ContrastSampler(
-        prompts.prompts, batch_size=batch_size, toxic_share=0.5, sampling="independent", seed=seed, setting=_BATCH_SIZE
-    )
+    return ContrastSampler(prompts.prompts, batch_size=batch_size, toxic_share=0.5, sampling="independent", seed=seed)
 
 
 class Rehearsal:
@@ -65,19 +65,13 @@ class Rehearsal:
         self._layer = decoder_layers(model)[settings.layer - 1]
         self._hidden: Tensor | None = None
 
-    def share(self, step: int) -> list[int]:
-        """This rank's contrast prompts of a step."""
-        return self._share(step, self.world.rank)
-
-    def _share(self, step: int, rank: int) -> list[int]:
-        return shard(self._sampler.batch(step), rank, self.world.size, setting=_BATCH_SIZE)
-
-    def tokens(self, step: int) -> int:
-        """What a step's prompts add to a pack, beside the shared prefix, on the rank where they are longest."""
-        return max(
-            sum(len(self.prompts.ids[i]) - self.prefix for i in self._share(step, rank))
-            for rank in range(self.world.size)
-        )
+    def of_step(self, step: int) -> tuple[list[int], int]:
+        """This rank's contrast prompts of a step; and what a rank's add to its first pack, beside the shared prefix, at
+        most."""
+        drawn = self._sampler.batch(step)
+        shares = [shard(drawn, rank, self.world.size, setting=_BATCH_SIZE) for rank in range(self.world.size)]
+        most = max(sum(len(self.prompts.ids[i]) - self.prefix for i in share) for share in shares)
+        return shares[self.world.rank], most
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -94,7 +88,7 @@ class Rehearsal:
             handle.remove()
 
     def loss(self, share: Sequence[int], layout: PackLayout) -> Tensor:
-        """Stage 1's loss over all ranks' rows, times its weight; see :func:`contrastive_loss` for its gradient.
+        """Stage 1's loss over all ranks' rows, without its weight; see :func:`contrastive_loss` for its gradient.
 
         Args:
             share: this rank's prompts, which come first in the pack.
@@ -102,11 +96,6 @@ class Rehearsal:
         """
         assert self._hidden is not None, "no forward pass was watched"
         hidden_TD, self._hidden = self._hidden.flatten(0, -2), None
-        pooled_ND = pool(
-            hidden_TD[layout.prefix : layout.starts[len(share)]],
-            layout.cu_seqlens[: len(share) + 1],
-            mode=self.settings.pooling,
-        )
-        labels_N = torch.tensor([int(self.prompts.prompts[i].label == "toxic") for i in share], device=hidden_TD.device)
-        counts = [len(share)] * self.world.size
-        return self.settings.weight * contrastive_loss(pooled_ND, labels_N, self.settings.loss, counts)
+        pooled_ND = pooled_rows(hidden_TD, layout, len(share), self.settings.pooling)
+        prompts = [self.prompts.prompts[i] for i in share]
+        return contrastive_loss(pooled_ND, prompts, self.settings.loss, self.world.size)

@@ -36,26 +36,32 @@ def config(tmp_path: Path) -> str:
 
 
 def trained(config: str, overrides: list[str]) -> tuple[dict[str, torch.Tensor], list[list[Any]]]:
-    """On each rank: stage 2's export, and of every step its contrast prompts and examples, in token ids."""
+    """On each rank: stage 2's export, and of every step its contrast prompts, which are toxic, its examples, and in how
+    many packs they ran."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from dcr_scale import engine as engines
     from dcr_scale.align import Aligner
     from dcr_scale.pipeline import Run
 
     steps: list[list[Any]] = []
-    step_of = Aligner.train_step
+    packs: list[Any] = []
+    step_of, pack_of = Aligner.train_step, Aligner._pack
 
     def noted(self: Aligner, step: int) -> float:
         assert self.rehearsal is not None
-        asked = [self.rehearsal.prompts.ids[i] for i in self.rehearsal.share(step)]
-        toxic = [self.rehearsal.prompts.prompts[i].label == "toxic" for i in self.rehearsal.share(step)]
-        steps.append([asked, toxic, [self.examples[i] for i in self.sampler.batch(step)]])
-        return step_of(self, step)
+        share, _ = self.rehearsal.of_step(step)
+        asked = [self.rehearsal.prompts.ids[i] for i in share]
+        toxic = [self.rehearsal.prompts.prompts[i].label == "toxic" for i in share]
+        packs.clear()
+        loss = step_of(self, step)
+        steps.append([asked, toxic, [self.examples[i] for i in self.sampler.batch(step)], len(packs)])
+        return loss
 
     loaded = load_config(config, overrides)
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: False),
         mock.patch.object(Aligner, "train_step", noted),
+        mock.patch.object(Aligner, "_pack", lambda self, *given: packs.append(given) or pack_of(self, *given)),
     ):
         Run(loaded, engines.start(loaded.engine)).run()
     return tensors(loaded.run.folder / "aligned"), steps
@@ -81,7 +87,7 @@ def supcon(rows_ND: torch.Tensor, toxic: list[bool]) -> torch.Tensor:
 @pytest.mark.slow
 def test_a_step_is_what_plain_torch_makes_of_both_losses(tmp_path: Path, config: str, ranks: RankPool) -> None:
     overrides = [*REHEARSED, *PLAIN, "align.epochs=0.01", "align.optimizer.clip=0"]
-    ((found, ((asked, toxic, examples),)),) = ranks.run(trained, config, overrides, world_size=1, timeout=300.0)
+    ((found, ((asked, toxic, examples, _),)),) = ranks.run(trained, config, overrides, world_size=1, timeout=300.0)
     assert len(asked) == 8 and sum(toxic) == 4
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
@@ -92,8 +98,8 @@ def test_a_step_is_what_plain_torch_makes_of_both_losses(tmp_path: Path, config:
         summed = summed + F.cross_entropy(logits[example.response_start - 1 : -1], targets, reduction="sum")
         count += len(targets)
     last = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER][0, -1] for ids in asked]
-    contrastive = WEIGHT * supcon(torch.stack(last), toxic)
-    (summed / count + contrastive).backward()
+    contrastive = supcon(torch.stack(last), toxic)
+    (summed / count + WEIGHT * contrastive).backward()
 
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (row,) = [row for row in rows if row["stage"] == "align"]
@@ -114,14 +120,15 @@ def test_the_same_run_on_any_number_of_ranks_and_packs(
     overrides = [*REHEARSED, *PLAIN, f"align.method={method}", "align.lora.dropout=0", "align.batch_size=16"]
     overrides.append("engine.persistence_threshold=0")
     results = {}
-    for name, size, own in (
-        ("alone", 1, []),
-        ("packs", 1, ["align.micro_batch_tokens=480"]),
-        ("ranks", 2, []),
-        ("recomputed", 4, ["model.gradient_checkpointing=true", "align.micro_batch_tokens=160"]),
+    for name, size, one_pack, own in (
+        ("alone", 1, True, ["align.micro_batch_tokens=2048"]),
+        ("packs", 1, False, ["align.micro_batch_tokens=300"]),
+        ("ranks", 2, True, []),
+        ("recomputed", 4, False, ["model.gradient_checkpointing=true", "align.micro_batch_tokens=160"]),
     ):
         given = [*overrides, *own, f"run.dir={tmp_path / name}"]
         results[name] = ranks.run(trained, config, given, world_size=size, timeout=300.0)
+        assert all((step[-1] == 1) == one_pack for _, steps in results[name] for step in steps), name
     alone, source = results["alone"][0][0], tensors(tmp_path / "model")
     for name in ("packs", "ranks", "recomputed"):
         for key, value in results[name][0][0].items():
@@ -133,7 +140,7 @@ def test_what_is_not_given_is_stage_1s(config: str) -> None:
     refine = ["refine.layer=3", "refine.pooling=mean", "refine.loss={name: circle, gamma: 8}"]
     found = load_config(config, [*refine, "align.rehearsal.weight=0.5"]).rehearsed
     assert found is not None
-    assert (found.weight, found.layer, found.pooling) == (0.5, 3, "mean")
+    assert (found.layer, found.pooling) == (3, "mean")
     assert (found.loss.name, found.loss.gamma) == ("circle", 8)
     own = ["align.rehearsal={weight: 0.5, layer: 1, pooling: last, loss: {name: supcon}}"]
     found = load_config(config, [*refine, *own]).rehearsed
@@ -148,7 +155,7 @@ def test_what_is_not_given_is_stage_1s(config: str) -> None:
     [
         (["refine=null", "align.rehearsal.weight=1"], "needs align.rehearsal.layer where refine is null"),
         (["align.rehearsal={weight: 1, layer: 4}"], "align.rehearsal.layer=4 is beyond the model"),
-        (["align.rehearsal={weight: 1, batch_size: 256}"], "more than half of align.micro_batch_tokens=64"),
+        (["align.rehearsal={weight: 1, batch_size: 8}"], "align.micro_batch_tokens=64 leaves no room"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_built(

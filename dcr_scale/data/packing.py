@@ -169,35 +169,41 @@ def pack(
     return Pack(torch.tensor([tokens], device=device), layout, labels)
 
 
-def balanced_groups(costs: Sequence[int], groups: int) -> list[list[int]]:
+def balanced_groups(costs: Sequence[int], groups: int, loads: Sequence[int] | None = None) -> list[list[int]]:
     """Split items into ``groups`` non-empty groups of nearly equal total cost (longest first, to the lightest).
 
-    Deterministic, so every rank computes the same split; returns the items' indices in ascending order. Raises
-    ValueError where there are fewer items than groups.
+    ``loads``: what each group carries before it is given any item; null: nothing. Deterministic, so every rank computes
+    the same split; returns the items' indices in ascending order. Raises ValueError where there are fewer items than
+    groups.
     """
     if len(costs) < groups:
         raise ValueError(f"{len(costs)} items cannot fill {groups} groups")
     members: list[list[int]] = [[] for _ in range(groups)]
-    loads = [0] * groups
+    loads = list(loads or [0] * groups)
+    first = sorted(range(groups), key=lambda g: (loads[g], g))
     for rank, item in enumerate(sorted(range(len(costs)), key=lambda i: (-costs[i], i))):
-        lightest = rank if rank < groups else min(range(groups), key=lambda g: (loads[g], g))
+        lightest = first[rank] if rank < groups else min(range(groups), key=lambda g: (loads[g], g))
         members[lightest].append(item)
         loads[lightest] += costs[item]
     return [sorted(group) for group in members]
 
 
-def micro_batches(costs: Sequence[int], *, world_size: int, limit: int) -> list[list[list[int]]]:
+def micro_batches(costs: Sequence[int], *, world_size: int, limit: int, beside: int = 0) -> list[list[list[int]]]:
     """Plan one optimiser step: ``plan[rank][micro_step]`` lists the items of one pack.
 
     Every rank gets the same number of micro-steps (ZeRO-3's collectives demand it), the fewest that keep every
     pack within ``limit`` tokens (or the longest item's), and nearly equal tokens in all packs. Too few items for
     another micro-step on every rank leave packs over the limit: they then hold about two items each.
+
+    ``beside``: tokens that every rank's first pack carries besides the items.
     """
-    limit = max([limit, *costs])  # one overlong item must not scatter all the others
+    # One overlong item must not scatter all the others, nor what stands beside them.
+    limit = max([limit, *costs, beside + min(costs)])
     steps = 1
     while True:
-        groups = balanced_groups(costs, world_size * steps)
-        heaviest = max(sum(costs[i] for i in group) for group in groups)
+        loads = [beside, *[0] * (steps - 1)] * world_size
+        groups = balanced_groups(costs, world_size * steps, loads)
+        heaviest = max(load + sum(costs[i] for i in group) for load, group in zip(loads, groups, strict=True))
         if heaviest <= limit or world_size * (steps + 1) > len(costs):
             return [groups[rank * steps : (rank + 1) * steps] for rank in range(world_size)]
         steps += 1

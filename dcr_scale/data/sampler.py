@@ -82,17 +82,13 @@ class ContrastSampler:
         toxic_share: float,
         sampling: Literal["auto", "matched", "independent"],
         seed: int,
-        setting: str = "refine.batch_size",
     ) -> None:
-        """Raises UserError where a batch or class is too small, or ``matched`` is asked for and cannot be.
-
-        ``setting``: what such an error calls the batch's size.
-        """
+        """Raises UserError where a batch or class is too small, or ``matched`` is asked for and cannot be."""
         self.batch_size = batch_size
         self.toxic = math.floor(batch_size * toxic_share + 0.5)
         if not 2 <= self.toxic <= batch_size - 2:
             raise UserError(
-                f"{setting}={batch_size} at a toxic share of {toxic_share:g} gives {self.toxic} "
+                f"refine.batch_size={batch_size} at refine.toxic_share={toxic_share} gives {self.toxic} "
                 f"toxic and {batch_size - self.toxic} seemingly toxic prompts; each class needs two a step "
                 f"for a positive pair: enlarge the batch or move the share towards 0.5"
             )

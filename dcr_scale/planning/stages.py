@@ -99,13 +99,16 @@ class Planner:
         self._activations: dict[object, Activations] = {}
 
     def _choose_layer(self) -> None:
-        settings = self.config.refine
+        folder, settings = Path(self.config.model.path), self.config.refine
+        align = self.config.align
+        if align is not None and align.rehearsal.weight and align.rehearsal.layer is not None:
+            check_layer(align.rehearsal.layer, self.model.config, folder, "align.rehearsal.layer")
         if settings is None:
             return
         if settings.layer == "auto":
             settings.layer = max(1, round(0.4 * depth(self.model.config)))
             self.notes.append(f"refine.layer is auto: planned for {settings.layer}, 0.4 of the depth")
-        check_layer(settings.chosen_layer, self.model.config, Path(self.config.model.path))
+        check_layer(settings.chosen_layer, self.model.config, folder)
 
     def plan(self, cluster: Cluster) -> list[StagePlan]:
         """The configuration's stages, in order."""
@@ -123,7 +126,7 @@ class Planner:
         memory = plan_memory(modules, engine, gathers, self._activations_of(name, work), **sizes)
         traffic = plan_traffic(
             modules, engine, gathers, **sizes, micro_steps=micro_steps,
-            rows=math.ceil(work.batch / gpus) if name == "refine" else 0,
+            rows=math.ceil(work.batch / gpus) if name == "refine" else len(work.beside[0]),
             width=self.model.config.get_text_config().hidden_size,
         )  # fmt: skip
         arithmetic = plan_arithmetic(modules, self.model.config, work, checkpointing=checkpointing)

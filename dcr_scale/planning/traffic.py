@@ -17,7 +17,7 @@ class Traffic:
     """Bytes one rank sends (and as many it receives), and in how many collectives.
 
     ``parameters``: partitions sent to all others when they gather them; ``gradients``: all parts but its own, sent to
-    those that keep them; ``rows``: pooled activations, in stage 1.
+    those that keep them; ``rows``: pooled activations, where there is a contrastive loss.
     """
 
     parameters: int

@@ -192,7 +192,7 @@ def align_work(lengths: Lengths, settings: AlignConfig, gpus: int) -> Work:
         notes.append(_grown(asked, share * gpus, "align.rehearsal.batch_size", refused=True))
     # They ride in every rank's first pack.
     rehearsed = tuple(lengths.contrast[i] for i in _spread(lengths.contrast, share))
-    plan = micro_batches(costs, world_size=gpus, limit=settings.micro_batch_tokens - sum(rehearsed))
+    plan = micro_batches(costs, world_size=gpus, limit=settings.micro_batch_tokens, beside=sum(rehearsed))
     busiest = max(plan, key=lambda packs: sum(costs[i] for pack in packs for i in pack))
     return Work(
         prefix=lengths.prefix,

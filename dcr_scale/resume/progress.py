@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dcr_scale.config import EngineConfig
+from dcr_scale import typed_yaml
+from dcr_scale.config import Config, EngineConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models import disk
 from dcr_scale.world import World
@@ -121,13 +122,25 @@ class Progress:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Key, value before and value now wherever they differ and may not."""
+    """Key, value before and value now wherever they differ and may not.
+
+    A setting that there was not yet had today's default.
+    """
     old, new = dict(_leaves(before)), dict(_leaves(now))
+    defaults = _leaves({"settings": typed_yaml.to_tree(Config())})
+    old = {key: value for key, value in defaults if key in new and _is_new(key, old)} | old
     for key in sorted(old.keys() | new.keys()):
         name = key.removeprefix("settings.")
         free = any(name == path or name.startswith(path + ".") for path in FREE)
         if not free and old.get(key) != new.get(key):
             yield name, old.get(key), new.get(key)
+
+
+def _is_new(key: str, old: dict[str, Any]) -> bool:
+    """Whether there was no such setting, and not merely null in the place of what holds it."""
+    parts = key.split(".")
+    holders = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return not any(holder in old for holder in holders)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -201,12 +201,16 @@ class Study:
         config.align.refusal_share = cell.share
         if method.on_top:
             config.align.refusal_share *= 1 - method.answered / cast(int, config.align.examples)
-        # Stage 2 needs no contrast prompts, but its toxic prompts must not be stage 1's.
+        # Also where stage 2 rehearses none of the contrast prompts, its toxic ones must not be stage 1's.
         recipe = self.data.contrast[method.contrast or "mixed"]
         config.data = self._data(recipe, config)
         if stage == 1:
             config.align = None
         else:
+            rehearsed = config.rehearsed
+            if rehearsed is not None:  # by stage 1's settings, which go
+                for key in ("layer", "pooling", "loss"):
+                    setattr(config.align.rehearsal, key, getattr(rehearsed, key))
             config.refine = None
         # Stage 1 serves all shares of a seed and other methods, so it is measured for whichever comes first.
         if stage == 1 or probed(cell):

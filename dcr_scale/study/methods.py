@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
         "DCR, the same with retention and rehearsal",
         contrast="mixed",
         refine={"retention.weight": 1.0},
-        align={"examples": 416, "rehearsal.weight": 0.3, "rehearsal.layer": 16},
+        align={"examples": 416, "rehearsal.weight": 0.3},
         answered=64,
         on_top=True,
     ),
