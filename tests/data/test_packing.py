@@ -172,6 +172,28 @@ def test_packs_stay_within_the_limit_in_as_few_micro_steps_as_that_takes(costs, 
     assert all(heaviest(fewer) > reachable for fewer in range(1, steps))
 
 
+@patient
+@given(costs_lists, st.integers(1, 4), st.integers(1, 200), st.integers(1, 150))
+def test_first_packs_leave_room_for_what_they_carry_besides(costs, world_size, limit, beside):
+    if len(costs) < world_size:
+        return
+    plan = micro_batches(costs, world_size=world_size, limit=limit, beside=beside)
+    assert sorted(i for packs in plan for group in packs for i in group) == list(range(len(costs)))
+    loads = [
+        sum(costs[i] for i in group) + (beside if number == 0 else 0)
+        for packs in plan
+        for number, group in enumerate(packs)
+    ]
+    reachable = max(limit, *costs, beside + min(costs))
+    assert max(loads) <= reachable or world_size * (len(plan[0]) + 1) > len(costs)
+    assert all(group for packs in plan for group in packs)
+
+
+def test_what_stands_beside_items_costs_no_micro_step_that_other_packs_have_room_for():
+    assert len(micro_batches([50] * 8, world_size=1, limit=200)[0]) == 2
+    assert len(micro_batches([50] * 6, world_size=1, limit=200, beside=100)[0]) == 2
+
+
 def test_one_overlong_item_does_not_scatter_the_others():
     plan = micro_batches([100, 10, 10, 10, 10, 10], world_size=1, limit=50)
     assert plan == [[[0], [1, 2, 3, 4, 5]]]

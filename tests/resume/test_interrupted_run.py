@@ -18,11 +18,12 @@ import yaml
 from interrupted import metrics, outcome, told_to_stop
 from toy import toy_checkpoint, toy_settings, write_config
 
-from dcr_scale import pipeline
-from dcr_scale.config import load_config
+from dcr_scale import pipeline, typed_yaml
+from dcr_scale.config import Config, load_config
 from dcr_scale.errors import OutOfMemory, Preempted, UserError
 from dcr_scale.models import disk
 from dcr_scale.resume import run_lock
+from dcr_scale.resume.progress import differing
 from dcr_scale.resume.run_folder import RunFolder, Share
 from dcr_scale.resume.stop import StopRequest
 from dcr_scale.resume.training_state import FILE as TRAINING_STATE
@@ -158,6 +159,19 @@ def test_a_folder_of_another_run_is_refused_with_every_difference(config: Path, 
         begin(config, halfway, *changed)
     free = ["log.every=2", "checkpoint.every=3", "engine.reduce_bucket=1000000", "refine.micro_batch_tokens=512"]
     begin(config, halfway, *SHORT, *free)
+
+
+def test_a_setting_that_there_was_not_yet_had_its_default() -> None:
+    def about() -> dict:
+        return {"settings": json.loads(json.dumps(typed_yaml.to_tree(Config()))), "model's weights": "1"}
+
+    before, now = about(), about()
+    del before["settings"]["align"]["rehearsal"], before["settings"]["look"]["layer"]
+    assert not list(differing(before, now))
+    now["settings"]["align"]["rehearsal"]["weight"] = 0.5
+    assert list(differing(before, now)) == [("align.rehearsal.weight", 0.0, 0.5)]
+    before["settings"]["align"] = None
+    assert "align.method" in {key for key, _, _ in differing(before, now)}, "where there was no stage 2"
 
 
 def test_a_finished_run_does_not_pass_for_one_that_exports_more(config: Path, tmp_path: Path, alone: None) -> None:
