@@ -109,6 +109,29 @@ def split_by_family(
     order, items of one unit side by side. A class of one family is not divided: the caller finds one side
     without it.
     """
+    chosen = _held_out_families(
+        items, of_class=of_class, share=share, limit=limit, seed=seed, purpose=f"{purpose} families"
+    )
+    train: list[Member] = []
+    heldout: list[Member] = []
+    room = Counter(dict.fromkeys(map(of_class, items), limit))
+    in_order = seeded_order(items, unit, seed=seed, purpose=f"{purpose} items")
+    for _, members in itertools.groupby(in_order, key=unit):
+        together = list(members)
+        if together[0].family not in chosen:
+            train += together
+            continue
+        counts = Counter(map(of_class, together))
+        if all(count <= room[name] for name, count in counts.items()):
+            room -= counts
+            heldout += together
+    return tuple(train), tuple(heldout)
+
+
+def _held_out_families(
+    items: Sequence[Member], *, of_class: Callable[[Member], str], share: float, limit: int, seed: int, purpose: str
+) -> set[str]:
+    """The families that :func:`split_by_family` holds out."""
     totals = Counter(map(of_class, items))
     families: dict[str, Counter[str]] = {}
     for item in items:
@@ -118,7 +141,7 @@ def split_by_family(
         targets = missing.setdefault(frozenset(counts), dict.fromkeys(counts, 0.0))
         for name, count in counts.items():
             targets[name] += count * min(share, limit / totals[name])
-    ordered = seeded_order(families, str, seed=seed, purpose=f"{purpose} families")
+    ordered = seeded_order(families, str, seed=seed, purpose=purpose)
     chosen: set[str] = set()
     held: Counter[str] = Counter()
 
@@ -141,21 +164,7 @@ def split_by_family(
         if not held[name]:
             candidates = [family for family in ordered if families[family][name]]
             hold_out(min(candidates, key=lambda f: (uses_up_a_class(f), families[f].total())))
-
-    train: list[Member] = []
-    heldout: list[Member] = []
-    room = Counter(dict.fromkeys(totals, limit))
-    in_order = seeded_order(items, unit, seed=seed, purpose=f"{purpose} items")
-    for _, members in itertools.groupby(in_order, key=unit):
-        together = list(members)
-        if together[0].family not in chosen:
-            train += together
-            continue
-        counts = Counter(map(of_class, together))
-        if all(count <= room[name] for name, count in counts.items()):
-            room -= counts
-            heldout += together
-    return tuple(train), tuple(heldout)
+    return chosen
 
 
 def shared_prompts(some: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]]) -> list[str]:
