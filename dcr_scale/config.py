@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dcr_scale import typed_yaml
 from dcr_scale.errors import UserError
@@ -323,8 +323,7 @@ class Config:
         return Rehearsed(own.batch_size, layer, pooling, loss)
 
 
-@dataclass(frozen=True)
-class Rehearsed:
+class Rehearsed(NamedTuple):
     """What stage 2 rehearses: a :class:`RehearsalConfig` whose every setting has a value."""
 
     batch_size: int
