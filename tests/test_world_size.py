@@ -13,10 +13,11 @@ from toy import toy_checkpoint, toy_settings, write_config
 
 from dcr_kernels import pool
 from dcr_scale import pipeline
-from dcr_scale.config import LossConfig, load_config
+from dcr_scale.config import Label, LossConfig, load_config
+from dcr_scale.contrastive import contrastive_loss
+from dcr_scale.data.contrast import ContrastPrompt
 from dcr_scale.data.sampler import shard
 from dcr_scale.models.checkpoint import Checkpoint
-from dcr_scale.refine import contrastive_loss
 
 # Every rank imports the whole project, which takes longer than the tests.
 pytestmark = pytest.mark.slow
@@ -31,12 +32,13 @@ def averaged_gradient(loss: LossConfig, pooling: str) -> tuple[float, torch.Tens
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator).requires_grad_()
     lengths = torch.randint(1, 6, (PROMPTS,), generator=generator).tolist()
     prompts = [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
-    labels = [0, 1, 1, 0, 1, 0, 0, 1]
+    labels: list[Label] = ["toxic" if toxic else "seemingly_toxic" for toxic in (0, 1, 1, 0, 1, 0, 0, 1)]
     own = shard(range(PROMPTS), rank, world_size)
     cu_seqlens = torch.tensor([0, *(lengths[i] for i in own)]).cumsum(0).int()
     hidden_TD = torch.nn.functional.embedding(torch.cat([prompts[i] for i in own]), weight)
     pooled_ND = pool(hidden_TD, cu_seqlens, mode=pooling)
-    value = contrastive_loss(pooled_ND, torch.tensor([labels[i] for i in own]), loss, [len(own)] * world_size)
+    kinds = [ContrastPrompt(str(i), labels[i], family=str(i), pair=None, source="toy") for i in own]
+    value = contrastive_loss(pooled_ND, kinds, loss, world_size)
     value.backward()
     dist.all_reduce(weight.grad)
     return value.item(), weight.grad / world_size
