@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dcr_scale.config import AlignConfig, ModelConfig, RefineConfig
 from dcr_scale.data.packing import Pack, PackLayout
 from dcr_scale.models.response_loss import ResponseLoss, storage_of
-from dcr_scale.models.trunk import Trunk, build_model, depth, truncated
+from dcr_scale.models.trunk import Trunk, build_model, decoder_layers, depth, truncated
 from dcr_scale.planning.modules import adapter_config
 from dcr_scale.refine import trains_embeddings
 
@@ -34,11 +34,17 @@ _FEW, _MORE = 2, 3
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch on one rank: ``kept`` from its forward to its backward pass, and ``working``, what both
-    passes hold at most beyond that. Weights and what is accumulated of their gradients are in neither."""
+    """Bytes of one micro-batch on one rank, without weights and what is accumulated of their gradients.
+
+    Attributes:
+        kept: from its forward to its backward pass.
+        layers: the most that is there at once in the layers and below, in either pass, of what is kept and beside it.
+        above: the same from the end of the last layer's forward pass to the beginning of its backward pass.
+    """
 
     kept: int
-    working: int
+    layers: int
+    above: int
 
 
 def trunk_activations(
@@ -99,6 +105,9 @@ def model_activations(
         if settings.method == "lora":
             whole.requires_grad_(False)
             inject_adapter_in_model(adapter_config(settings.lora, whole), whole)
+            for parameter in whole.parameters():
+                # The engine holds everything in one dtype; peft makes its factors float32, and inputs would follow.
+                parameter.data = parameter.data.to(dtype)
         return _checkpointed(ResponseLoss(whole), whole, model)
 
     batch, checked = _layout(prefix, examples), _layout(prefix, (1,))
@@ -117,8 +126,8 @@ def _extrapolated(build: Callable[[int], nn.Module], loss: Callable[[nn.Module],
         return _count(build, loss, layers)
     few, more = (_count(build, loss, number) for number in (_FEW, _MORE))
     further = layers - _MORE
-    kept = more.kept + further * (more.kept - few.kept)
-    return Activations(kept, max(0, more.working + further * (more.working - few.working)))
+    counts = zip(astuple(few), astuple(more), strict=True)
+    return Activations(*(later + further * (later - earlier) for earlier, later in counts))
 
 
 def _count(build: Callable[[int], nn.Module], loss: Callable[[nn.Module], Tensor], layers: int) -> Activations:
@@ -134,10 +143,28 @@ def _count(build: Callable[[int], nn.Module], loss: Callable[[nn.Module], Tensor
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         saved = SavedBytes(weights)
         with AllocatedBytes(weights) as allocated:
+            _watch_last_layer(module, allocated)
             with saved:
                 objective = loss(module)
             objective.backward()
-    return Activations(saved.total, max(0, allocated.peak - saved.total))
+    return Activations(saved.total, allocated.peaks["layers"], allocated.peaks["above"])
+
+
+def _watch_last_layer(module: nn.Module, allocated: AllocatedBytes) -> None:
+    """Have what is allocated between the last layer's two passes counted by itself."""
+
+    def forward_ends(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        # Once: a pass without gradients has no other half, and where a layer is recomputed it is in its backward pass.
+        if allocated.over or not hidden.requires_grad:
+            return
+        allocated.place = "above"
+        hidden.register_hook(backward_begins)
+
+    def backward_begins(_: Tensor) -> None:
+        allocated.place, allocated.over = "layers", True
+
+    decoder_layers(module)[-1].register_forward_hook(forward_ends)
 
 
 def _checkpointed(module: nn.Module, network: PreTrainedModel, model: ModelConfig) -> nn.Module:
@@ -194,11 +221,16 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """``peak`` bytes of storages alive at once among those that operations inside the context make."""
+    """``peaks``: by place, bytes of storages alive at once among those that operations inside the context make.
+
+    Whoever knows where the pass is sets ``place``; ``over``: it has been above the layers and come back.
+    """
 
     def __init__(self, weights: set[int]):
         super().__init__()
-        self.peak = 0
+        self.place: Literal["layers", "above"] = "layers"
+        self.over = False
+        self.peaks = {"layers": 0, "above": 0}
         self._weights = weights
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -213,5 +245,6 @@ class AllocatedBytes(TorchDispatchMode):
                     made = True
         if made:
             self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-            self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+            alive = sum(size for _, size in self._alive.values())
+            self.peaks[self.place] = max(self.peaks[self.place], alive)
         return result

@@ -26,7 +26,8 @@ class Visit:
     ``released``: what is let go of when it has run, unless it is needed again soon: its own, and those of modules
     around it that end with it. ``dropped``: what goes then however soon it is needed again. ``within``: parameters of
     the module and of all it calls. ``leaf``: it is gathered whole, and how soon its parameters are needed again counts
-    all that the visits after it hold within.
+    all that the visits after it hold within. ``above``: it comes after the last layer's forward pass and before its
+    backward pass.
     """
 
     parameters: tuple[Parameter, ...] = ()
@@ -34,6 +35,7 @@ class Visit:
     dropped: tuple[Parameter, ...] = ()
     within: tuple[Parameter, ...] = ()
     leaf: bool = False
+    above: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ class Gathers:
         elements: elements of its own partitions that the rank sent to every other, padding included.
         collectives: how many gathers there were.
         peak: most elements of gathered parameters alive at once, those that are kept whole not among them.
-        copied: elements of the largest gather of several parameters at once, which arrive in one buffer and are copied
-            out of it.
+        layers: most elements in the layers' passes and below, with the buffers that several of them arrived in
+            together and have been copied out of.
+        above: likewise between the last layer's forward pass and its backward pass.
     """
 
     elements: int
     collectives: int
     peak: int
-    copied: int
+    layers: int
+    above: int
 
     def beside(self, other: Gathers) -> Gathers:
         """Both in one step, one after the other."""
@@ -59,7 +63,8 @@ class Gathers:
             self.elements + other.elements,
             self.collectives + other.collectives,
             max(self.peak, other.peak),
-            max(self.copied, other.copied),
+            max(self.layers, other.layers),
+            max(self.above, other.above),
         )
 
 
@@ -77,7 +82,10 @@ def persistent(modules: ModuleList, settings: EngineConfig) -> set[int]:
 
 def forward(modules: ModuleList) -> list[Visit]:
     """The modules' visits in the forward pass; the first is the one around the model, which the stage adds."""
-    return [Visit(within=modules.root.within), *(visit for _, visit in _visits(modules.root, backward=False))]
+    pairs = _visits(modules.root, backward=False)
+    last = max(place for place, (call, _) in enumerate(pairs) if call.layer is not None)
+    visits = [replace(visit, above=place > last) for place, (_, visit) in enumerate(pairs)]
+    return [Visit(within=modules.root.within), *visits]
 
 
 def backward(modules: ModuleList, *, checkpointing: bool) -> list[Visit]:
@@ -86,7 +94,7 @@ def backward(modules: ModuleList, *, checkpointing: bool) -> list[Visit]:
     Every module of a layer has one, which is one matrix or three too many in the first layer above frozen ones.
     """
     around, layers, below = _by_layer(_visits(modules.root, backward=True))
-    visits = [Visit(within=modules.root.within), *(visit for _, visit in around)]
+    visits = [Visit(within=modules.root.within, above=True), *(replace(visit, above=True) for _, visit in around)]
     for layer in layers:
         if checkpointing:
             # The last module's backward pass begins, and finds that its input must be computed anew. That ends inside
@@ -139,6 +147,16 @@ def _by_layer(visits: _Visits) -> tuple[_Visits, list[_Visits], _Visits]:
     return around, list(layers.values()), below
 
 
+@dataclass
+class Buffer:
+    """Where several parameters arrive together: ``awaited`` are those that no visit has waited for yet, and the last of
+    them to be waited for lets go of it; ``copied``: the parameters are in memory of their own beside it."""
+
+    numel: int
+    awaited: set[int]
+    copied: bool = False
+
+
 class Coordinator:
     """DeepSpeed's coordinator once it knows the order, through one pass after the other.
 
@@ -160,10 +178,12 @@ class Coordinator:
             for p in visit.parameters:
                 self._visits.setdefault(p.number, []).append(step)
         self._there: dict[int, int] = {}
-        self.elements = self.collectives = self.peak = self.copied = 0
+        self._buffers: list[Buffer] = []
+        self.elements = self.collectives = self.peak = 0
+        self.held = {False: 0, True: 0}  # by whether it is above the layers
 
     def gathers(self) -> Gathers:
-        return Gathers(self.elements, self.collectives, self.peak, self.copied)
+        return Gathers(self.elements, self.collectives, self.peak, layers=self.held[False], above=self.held[True])
 
     def run(self) -> None:
         """Go through the order once. What is gathered at its end is there at the next one's beginning."""
@@ -173,6 +193,7 @@ class Coordinator:
         for step, visit in enumerate(self.order):
             missing = [p for p in visit.parameters if self._absent(p)]
             counted += self._fetch(missing)
+            self._copy_out(visit)
             unforeseen = {p.number for p in visit.parameters if last_fetched.get(p.number, -1) < step}
             while unforeseen and queue:
                 p, used = queue.popleft()
@@ -186,6 +207,7 @@ class Coordinator:
                 if self._absent(p):
                     chosen[p.number] = p
             counted += self._fetch(list(chosen.values()))
+            self._note(visit)
             for p in visit.released:
                 awaited = last_fetched[p.number] > step + 1
                 if p.number in self._there and not awaited and not self._used_soon(p, step):
@@ -205,8 +227,21 @@ class Coordinator:
         self.collectives += 1
         self.peak = max(self.peak, sum(self._there.values()))
         if len(parameters) > 1:
-            self.copied = max(self.copied, numel)
+            self._buffers.append(Buffer(numel, {p.number for p in parameters}))
         return numel
+
+    def _copy_out(self, visit: Visit) -> None:
+        """Copy what the visit waits for out of the buffers it arrived in, each with all that it holds."""
+        needed = {p.number for p in visit.parameters}
+        for buffer in self._buffers:
+            buffer.copied = buffer.copied or not buffer.awaited.isdisjoint(needed)
+            buffer.awaited -= needed
+        self._note(visit)
+        self._buffers = [buffer for buffer in self._buffers if buffer.awaited]
+
+    def _note(self, visit: Visit) -> None:
+        held = sum(self._there.values()) + sum(buffer.numel for buffer in self._buffers if buffer.copied)
+        self.held[visit.above] = max(self.held[visit.above], held)
 
     def _used_soon(self, parameter: Parameter, step: int) -> bool:
         """Whether a visit within the reuse distance after ``step`` needs the parameter."""

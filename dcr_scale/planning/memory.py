@@ -27,6 +27,7 @@ class Memory:
         gathered: parameters gathered at once, and the buffer that several of them arrive in.
         activations: what one micro-batch's forward pass keeps.
         workspace: what passes hold beside that, or the update beside gradients and optimiser, whichever is more.
+            These three are of one moment, in the layers or above them, whichever takes more.
         host: parameters or optimiser that are offloaded.
         nvme: the same on the local disk.
     """
@@ -82,19 +83,24 @@ def plan_memory(
     outsized = largest if largest > settings.reduce_bucket else 0
     copied = min(settings.reduce_bucket, modules.trained)
     # A single rank's modules see its partition itself.
-    gathered = (gathers.peak + gathers.copied) * element_bytes if world_size > 1 else 0
+    gathered_bytes = element_bytes if world_size > 1 else 0
+    gathered, passes = max(
+        (gathers.layers * gathered_bytes, activations.layers),
+        (gathers.above * gathered_bytes, activations.above),
+        key=sum,
+    )
+    kept_bytes = min(activations.kept, passes)
     update = 0
     if settings.offload_optimizer == "none":
         update = _FLOAT * min(trained, _SUB_GROUP + largest // world_size)
-    beside = gathered + activations.kept
     return Memory(
         parameters=device_parameters,
         gradients=device_gradients,
         optimizer=device_states,
         buckets=(settings.reduce_bucket + copied) * element_bytes,
         gathered=gathered,
-        activations=activations.kept,
-        workspace=max(activations.working + outsized * element_bytes, update - beside),
+        activations=kept_bytes,
+        workspace=max(passes - kept_bytes + outsized * element_bytes, update - gathered - kept_bytes),
         host=host,
         nvme=nvme,
     )

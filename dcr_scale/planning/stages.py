@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Planner:
                     config, self.config.align, model, examples=[*beside, *own], responses=responses, **shared
                 )  # fmt: skip
             scale = self.dtype.itemsize // dtype.itemsize
-            self._activations[key] = Activations(found.kept * scale, found.working * scale)
+            self._activations[key] = Activations(*(scale * size for size in astuple(found)))
         return self._activations[key]
 
     def _disk(self, name: str, work: Work) -> Disk:

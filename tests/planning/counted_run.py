@@ -10,13 +10,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dcr_scale.config import load_config
-
-# Names what a stage does in the profile, with the stage's number.
-_MARK = "counted stage "
 
 
 def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
@@ -36,50 +34,45 @@ def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     with mock.patch.object(torch.cuda, "is_available", lambda: False), ExitStack() as stack:
         world = engines.start(loaded.engine)
         run = Run(loaded, world)  # before anything is counted: it reads the model's configuration
-        counts = Counts(world.size)
+        live = stack.enter_context(LiveBytes())
+        counts = Counts(world.size, live)
         for patch in counts.patches():
             stack.enter_context(patch)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            run.run()
-    for stage, peak in zip(counts.stages, peaks(profiler), strict=True):
-        stage["peak"] = peak
+        run.run()
     return counts.stages
 
 
-def peaks(profiler: profile) -> list[int]:
-    """Of each stage, the most that tensors held from its first pass to its last update, what lay there before included.
+class LiveBytes(TorchDispatchMode):
+    """``peak``: the most bytes that tensors made inside the context held at once since it was last set to 0.
 
-    The allocator reports every block, DeepSpeed's and the backward pass's too; files that are mapped are no blocks.
+    Storages are watched, so that it does not matter who frees them: gloo's threads do, which a profiler does not see.
+    Files that are mapped are not counted, and neither is what a kernel needs only while it runs.
     """
-    waiting, events = list(profiler.profiler.kineto_results.experimental_event_tree()), []
-    while waiting:
-        event = waiting.pop()
-        # Gloo copies what it reduces, which NCCL does not, and the plan is for NCCL.
-        waiting += event.children if not event.name.startswith("c10d::") else []
-        events.append(event)
-    events.sort(key=lambda event: event.start_time_ns)
-    # From a mark's first moment to the last one's end.
-    spans: dict[str, tuple[int, int]] = {}
-    for event in events:
-        if event.name.startswith(_MARK):
-            begin, _ = spans.get(event.name, (event.start_time_ns, 0))
-            spans[event.name] = begin, event.end_time_ns
-    # Blocks of this run alone: the allocator's own total goes on from one run of a process to the next.
-    live: dict[int, int] = {}
-    held, totals = 0, []
-    for event in events:
-        if event.tag == _EventType.Allocation:
-            block, size = event.extra_fields.ptr, max(0, event.extra_fields.alloc_size)
-            # Threads of the collectives free blocks unseen: what is given out again was one of those.
-            held += size - live.pop(block, 0)
-            live[block] = size
-            totals.append((event.start_time_ns, held))
-    return [max(total for when, total in totals if begin <= when <= end) for begin, end in spans.values()]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = {
+            t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)
+        }
+        fresh = {key: storage for key, storage in made.items() if key not in given}
+        if fresh:
+            # A storage's number is given out again after its end.
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            for key, storage in fresh.items():
+                self._alive.setdefault(key, (StorageWeakRef(storage), storage.nbytes()))
+            self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
 
 
 class Counts:
-    def __init__(self, world_size: int):
-        self.world_size = world_size
+    def __init__(self, world_size: int, live: LiveBytes):
+        self.world_size, self.live = world_size, live
         self.stages: list[dict[str, Any]] = []
         self._fresh()
 
@@ -145,7 +138,9 @@ class Counts:
             if not torch.is_grad_enabled():
                 return call(engine, *inputs, **named)
             modules[:] = [engine.module]
-            with saved_bytes(engine.module) as saved, record_function(f"{_MARK}{len(self.stages)}"):
+            if "peak" not in self.stages[-1]:
+                self.stages[-1]["peak"] = self.live.peak = 0
+            with saved_bytes(engine.module) as saved:
                 result = call(engine, *inputs, **named)
             layout, labels = inputs[0].layout, inputs[0].labels
             responses = 0 if labels is None else int(labels.ne(-100).sum())
@@ -153,9 +148,13 @@ class Counts:
             return result
 
         def stepping(engine: Engine, loss: float) -> Any:
-            with record_function(f"{_MARK}{len(self.stages)}"):
-                result = step(engine, loss)
-            self.stages[-1] |= {"held": held_bytes(engine), "foreign": foreign(engine.module), **self._step}
+            result = step(engine, loss)
+            self.stages[-1] |= {
+                "peak": self.live.peak,
+                "held": held_bytes(engine),
+                "foreign": foreign(engine.module),
+                **self._step,
+            }
             modules.clear()  # a list that outlives the stage would keep it alive
             self._fresh()
             return result

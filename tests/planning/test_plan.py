@@ -115,7 +115,7 @@ def test_logits_are_planned_as_they_are_made() -> None:
             config, settings, ModelConfig(path="none"),
             prefix=8, examples=(2000,), responses=responses, attention="sdpa", dtype=torch.bfloat16,
         )  # fmt: skip
-        needed[method] = found.kept + found.working
+        needed[method] = max(found.layers, found.above)
     at_once, gradient = 4 * 4 * _AT_ONCE, vocabulary * width * 2
     assert needed["lora"] < at_once
     assert needed["lora"] < needed["full"] < at_once + gradient < vocabulary * responses * (2 + 4)
@@ -228,6 +228,22 @@ def test_parameters_stay_as_long_as_they_are_needed_soon() -> None:
     for leaf, expected in ((False, 20), (True, 30)):
         visit = Visit((c,), (c,), within=(c,), leaf=leaf)
         assert gathered(visit, between, replace(between, parameters=(), released=()), visit, max_live=15) == expected
+
+
+def test_what_arrived_together_stays_in_its_buffer_until_the_last_of_it_was_waited_for() -> None:
+    a, b, c = (Parameter(number, size, True, True, False) for number, size in enumerate((1, 10, 100)))
+    settings = EngineConfig(prefetch_bucket=1000, max_live=1000)
+    # b and c come together while a runs: in their buffer alone, then beside it, from b's visit to c's.
+    order = [Visit((a,), (a,)), Visit((b,), (b,)), Visit((), above=True), Visit((c,), (c,))]
+    coordinator = Coordinator(order, set(), settings, 1)
+    coordinator.run()
+    found = coordinator.gathers()
+    assert (found.collectives, found.peak) == (2, 111)
+    assert found.above == 100 + 110, "b has gone, its buffer has not"
+    assert found.layers == 110 + 110
+    alone = Coordinator([Visit((p,), (p,)) for p in (a, b)], set(), settings, 1)
+    alone.run()
+    assert alone.gathers().layers == 11, "what arrives by itself is not copied"
 
 
 @pytest.mark.slow

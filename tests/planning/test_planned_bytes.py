@@ -94,8 +94,8 @@ def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> 
         assert count["gathers"] == plan.gathers.collectives
         # Held through the whole pass by what asked for it out of turn: peft its first factors, as the plan knows.
         assert all(".lora_A." in name for name in count["foreign"])
-    # The plan is of the rank that has most to do, and adds up what parts take at most, each at a moment of its own.
-    assert plan.memory.total / 1.18 < max(count["peak"] for count in counts) < 1.1 * plan.memory.total
+    # The plan is of the rank that has most to do.
+    assert max(count["peak"] for count in counts) == near(plan.memory.total)
     total = {part: sum(count[part] for count in counts) for part in ("loaded", "copied", "exported")}
     assert total["loaded"] + total["copied"] == near(plan.disk.read)
     assert total["exported"] == near(plan.disk.exported)
