@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("speed", "memory", "scaling"), metavar="PART")
     parser.add_argument("--models", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=15, help="of speed and scaling; memory takes 2")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "probe_cpu.json")
+    parser.add_argument("--out", type=Path, help="write the JSON that is printed there as well")
     parser.add_argument("--peak-of", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -282,8 +282,11 @@ def main() -> None:
         "memory": {m: measure_memory(m, 2) for m in models if "memory" in parts},
         "scaling": {m: measure_scaling(CASES[m], arguments.rounds) for m in models if "scaling" in parts},
     }
+    text = json.dumps(result, indent=2)
+    print(text)
     report(result)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
