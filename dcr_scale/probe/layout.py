@@ -59,12 +59,12 @@ class TokenLayout:
         return torch.where(inside, flat[self.index], flat.new_zeros(()))
 
     def split(self, flat: Tensor) -> Tensor:
-        """[…, tokens · slots] as [B, …, L · slots], zero where there is no token; a token's slots stay together."""
+        """[…, tokens · slots] as […, B, L · slots], zero where there is no token; a token's slots stay together."""
         if self._is_view:
-            return flat.view(*flat.shape[:-1], len(self.index), -1).movedim(-2, 0)
-        each = flat.view(*flat.shape[:-1], self.tokens, -1)[..., self.index, :]
+            return flat.unflatten(-1, (len(self.index), -1))
+        each = flat.unflatten(-1, (self.tokens, -1))[..., self.index, :]
         inside = self.inside[..., None]
-        return torch.where(inside, each, each.new_zeros(())).flatten(-2).movedim(-2, 0)
+        return torch.where(inside, each, each.new_zeros(())).flatten(-2)
 
     def sums(self, flat: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ over each row's tokens: [tokens, D] as [B, D]; ``weights`` [tokens]: what a token is multiplied by."""

@@ -275,7 +275,7 @@ class KernelProbe:
             hidden += [hidden_BD] * len(numbers)
         agree(self._capture.failure)
         total = len(sequences) * probes
-        products = Products(own_slices(sink.slices, items, total), len(sink.slices), self.rank, probes)
+        products = Products(own_slices(sink.slices, items, total), self._inventory.slices, self.rank, probes)
         hidden_ND = collect_rows(torch.cat(hidden), items, total).unflatten(0, (-1, probes))[:, 0].double()
         meets = None
         if sink.meets is not None:

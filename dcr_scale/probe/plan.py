@@ -30,7 +30,7 @@ class ProbePlan:
             the step before is not fetched again.
         kept: projected inputs held between a micro-batch's forward and backward pass.
         sketches: the rank's own sketches, float32.
-        slices: the slices that the rank owns, of all prompts, float64.
+        slices: the slices that the rank owns, of all prompts, float32.
         exchanged: sketches, hidden states, inner products and estimates sent to other ranks.
     """
 
@@ -122,7 +122,7 @@ def plan_measurement(
         * element_bytes,
         kept=tokens * products * groups * rank * element_bytes,
         sketches=max(items) * groups * sum(widths) * _FLOAT,
-        slices=total * groups * max(owned) * _DOUBLE,
+        slices=total * groups * max(owned) * _FLOAT,
         exchanged=max(exchanged),
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Projections:
     beyond it they are drawn again at each use. At 70 billion parameters, rank 32 and 4 groups all of them are 0.4
     billion entries.
 
-    Shape suffixes: M rows, D width, s strips, G groups, c = rank / s rows of a group that read one strip.
+    Shape suffixes: M rows, D width, p rank, s strips, U units, G groups, c = p / s rows of a group that read one strip.
     """
 
     def __init__(self, seed: int, rank: int, groups: int, *, cache_bytes: int = 256 * 2**20):
@@ -46,7 +46,7 @@ class Projections:
         return math.gcd(_MOST_STRIPS, self.groups, self.rank, width)
 
     def project(self, name: str, role: str, x_MD: Tensor, start: int = 0) -> Tensor:
-        """[s, G, c, M]: row i of a group's projection stands at strip i mod s, place i div s.
+        """[p, G, M]: row i of a group's projection reads strip i mod s, and stands there in place i div s.
 
         ``start``: the column of the projection that ``x_MD``'s first one meets. Not scaled: an inner product of two
         vectors so projected is ``rank / s`` times an unbiased estimate.
@@ -66,12 +66,12 @@ class Projections:
         return self._product(signs_DW, strips, x_MD).unbind(dim=1)
 
     def _product(self, signs_DW: Tensor, strips: int, x_MD: Tensor) -> Tensor:
-        """[s, units, G, c, M]."""
+        """[p, U, G, M]: a prompt's tokens are a run, and the runs of all groups' prompts lie one stride apart, so that
+        their outer products are one batched product of what stands here."""
         part = x_MD.shape[1] // strips
         parts_sdM = x_MD.view(-1, strips, part).permute(1, 2, 0)
         projected_sWM = torch.bmm(signs_DW.view(strips, part, -1).mT, parts_sdM)
-        # Tokens last: the outer products sum over them, and arranging long runs is cheap.
-        return projected_sWM.view(strips, -1, self.groups, self.rank // strips, len(x_MD))
+        return projected_sWM.view(self.rank, -1, self.groups, len(x_MD))
 
     def columns(self, name: str, role: str, columns: Tensor, strips: int = 1) -> Tensor:
         """int8 [m, G, c]: the signs that stand in columns ``columns`` (int64 [m]) of one projection."""
@@ -79,12 +79,13 @@ class Projections:
         return signs(keys, columns, self.rank // strips)
 
     def matrix(self, name: str, role: str, start: int, stop: int, like: Tensor, strips: int = 1) -> Tensor:
-        """The signs in columns [start, stop), as a [stop − start, G · c] matrix of ``like``'s dtype and device."""
+        """The signs in columns [start, stop), as a [stop − start, c · G] matrix of ``like``'s dtype and device."""
         key = (name, role, start, stop, strips, like.device, like.dtype)
         kept = self._kept.get(key)
         if kept is None:
             columns = torch.arange(start, stop, device=like.device)
-            kept = self._keep(key, self.columns(name, role, columns, strips).flatten(1), like.dtype)
+            signs_DGc = self.columns(name, role, columns, strips)
+            kept = self._keep(key, signs_DGc.mT.flatten(1), like.dtype)
         return kept if kept.dtype == like.dtype else kept.to(like.dtype)
 
     def _joined(self, names: tuple[str, ...], role: str, like: Tensor, strips: int) -> Tensor:
@@ -92,7 +93,8 @@ class Projections:
         width, key = like.shape[1], (names, role, strips, like.device, like.dtype)
         kept = self._kept.get(key)
         if kept is None:
-            joined = torch.cat([self.matrix(name, role, 0, width, like, strips) for name in names], dim=1)
+            each = [self.matrix(name, role, 0, width, like, strips).view(width, -1, self.groups) for name in names]
+            joined = torch.stack(each, dim=2).flatten(1)  # [D, c · U · G]
             for name in names:
                 single = self._kept.pop((name, role, 0, width, strips, like.device, like.dtype), None)
                 self._free += 0 if single is None else single.nbytes

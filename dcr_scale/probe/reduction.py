@@ -19,8 +19,9 @@ from dcr_scale.probe.estimator import Blocks, Estimate, cut_into_blocks
 
 # Inner products of one block of pairs, all slices together, in bytes.
 _BLOCK_BYTES = 256 * 2**20
-# At least so many blocks of a set of prompts with itself: half of its pairs mirror the others.
-_BANDS = 8
+# At least so many blocks of a set of prompts with itself: half of its pairs mirror the others. More would leave out
+# more of them, in products that are thinner and take as long.
+_BANDS = 4
 
 
 def owners(slices: int, size: int) -> list[range]:
@@ -93,10 +94,10 @@ def _chosen(rows: Tensor, which: Tensor, dim: int) -> Tensor:
 
 
 class Products:
-    """Inner products of sketches, a block of pairs at a time.
+    """Inner products of sketches in float64, blocks of pairs at a time.
 
     Args:
-        own: this rank's slices, each [N · R, G, C]: items are prompts by probes, prompt-major.
+        own: this rank's slices, each float32 [N · R, G, C]: items are prompts by probes, prompt-major.
         slices: how many there are over all ranks.
         rank: the sketches' rank p.
         probes: R.
@@ -104,27 +105,31 @@ class Products:
 
     def __init__(self, own: dict[int, Tensor], slices: int, rank: int, probes: int):
         self.slices, self.probes = slices, probes
-        self._own = [
-            cut_into_blocks(x, rank)
-            .transpose(0, 1)
-            .to(torch.float64, memory_format=torch.contiguous_format)
-            .unflatten(1, (-1, probes))
-            for x in own.values()
-        ]  # [G, N, R, C]
+        self._own = [cut_into_blocks(x, rank) for x in own.values()]
 
-    def block(self, left: Tensor, right: Tensor, paired: bool) -> Tensor:
-        """This rank's slices: float64 [S_own, G, I, J, R, R] for prompts ``left`` × ``right`` (int64 [I], [J]), or
-        [S_own, G, I, 1, R, R] for pairs (left[i], right[i])."""
-        if not self._own or not len(left):
-            return torch.empty(0, dtype=torch.float64, device=left.device)
-        sides = [(_chosen(x, left, 1), _chosen(x, right, 1)) for x in self._own]
-        if paired:
-            return torch.stack([(a @ b.mT)[:, :, None] for a, b in sides])
-        blocks, probes = len(self._own[0]), self.probes
-        products = left.new_empty(len(sides), blocks, len(left) * probes, len(right) * probes, dtype=torch.float64)
-        for place, (a, b) in zip(products, sides, strict=True):
-            torch.bmm(a.flatten(1, 2), b.flatten(1, 2).mT, out=place)
-        return products.view(len(sides), blocks, len(left), probes, len(right), probes).transpose(3, 4)
+    def blocks(self, pairs: Sequence[tuple[Tensor, Tensor]], paired: bool) -> list[Tensor]:
+        """This rank's slices: float64 [S_own, G, I, J, R, R] for prompts left × right (int64 [I], [J]) of each of
+        ``pairs``, or [S_own, G, I, 1, R, R] for pairs (left[i], right[i])."""
+        probes, groups = self.probes, self._own[0].shape[1] if self._own else 1
+        found = [
+            torch.empty(
+                len(self._own), groups, len(left), probes, 1 if paired else len(right), probes,
+                dtype=torch.float64, device=left.device,
+            )
+            for left, right in pairs
+        ]  # fmt: skip
+        for s, x in enumerate(self._own):
+            for group in range(groups):
+                # One matrix at a time is held at this precision, and is in the caches for all of the blocks.
+                sketches_NRC = x[:, group].double().unflatten(0, (-1, probes))
+                for products, (left, right) in zip(found, pairs, strict=True):
+                    a, b = (_chosen(sketches_NRC, which, 0) for which in (left, right))
+                    place = products[s, group]
+                    if paired:
+                        place[:, :, 0] = a @ b.mT
+                    else:
+                        torch.mm(a.flatten(0, 1), b.flatten(0, 1).mT, out=place.flatten(2, 3).flatten(0, 1))
+        return [products.transpose(3, 4) for products in found]
 
 
 def pair_blocks(
@@ -134,7 +139,7 @@ def pair_blocks(
 
     ``symmetric``: rows and columns are the same prompts, and every block begins at the diagonal.
     """
-    height = max(1, min(rows, _BLOCK_BYTES // (8 * slices * blocks * columns * probes**2)))
+    height = max(1, min(rows, _BLOCK_BYTES // (_pair_bytes(slices, blocks, probes) * columns)))
     if symmetric:
         # So many bands that little more than the triangle is left.
         height = min(height, -(-rows // _BANDS))
@@ -142,6 +147,11 @@ def pair_blocks(
         (range(start, min(start + height, rows)), range(start if symmetric else 0, columns))
         for start in range(0, rows, height)
     ]
+
+
+def _pair_bytes(slices: int, blocks: int, probes: int) -> int:
+    """Of one pair's inner products."""
+    return 8 * slices * blocks * probes**2
 
 
 def estimate_pairs(
@@ -170,17 +180,21 @@ def estimate_pairs(
         return left[rows.start : rows.stop], right[chosen.start : chosen.stop]
 
     found: list[Estimate] = []
-    for first in range(0, len(cut), size):
-        turn = cut[first : first + size]
-        nothing = left[:0]
-        pieces = [products.block(*prompts(*pairs), paired) for pairs in turn]
-        pieces += [products.block(nothing, nothing, paired)] * (size - len(turn))
-        received = exchange(pieces)
-        local = None
-        if mine < len(turn):
-            whole = torch.cat([part for part in received if part.numel()]) if size > 1 else received[0]
-            local = finish(whole, *prompts(*turn[mine]), paired)
-        found += _share(local, len(turn), products.slices - 1, left.device)
+    # As many blocks at once as have room, for a sketch is read once for all of them.
+    largest = max(len(rows) * len(columns) for rows, columns in cut)
+    at_once = max(1, _BLOCK_BYTES // (_pair_bytes(products.slices, len(blocks.weights), products.probes) * largest))
+    for start in range(0, len(cut), size * at_once):
+        ahead = cut[start : start + size * at_once]
+        pieces = products.blocks([prompts(*pairs) for pairs in ahead], paired)
+        for first in range(0, len(ahead), size):
+            turn = ahead[first : first + size]
+            sent = pieces[first : first + size]
+            received = exchange(sent + [sent[0][:0]] * (size - len(turn)))
+            local = None
+            if mine < len(turn):
+                whole = torch.cat([part for part in received if part.numel()]) if size > 1 else received[0]
+                local = finish(whole, *prompts(*turn[mine]), paired)
+            found += _share(local, len(turn), products.slices - 1, left.device)
     parts = [estimate.fields() for estimate in found]
     return Estimate(*(_assemble(part, cut, symmetric) for part in zip(*parts, strict=True)))
 

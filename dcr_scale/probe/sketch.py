@@ -2,7 +2,8 @@
 
 A gradient G [rows, columns] becomes S = P_out G P_inᵀ, rank × rank numbers a group. With entries ±1,
 E ⟨S, S'⟩ = rank² ⟨G, G'⟩, and the sketch is divided by the rank so that the inner product itself is unbiased. A
-product's gradient Σ_t δ_t a_tᵀ is projected token by token, (P_out δ_t)(P_in a_t)ᵀ, and never formed.
+product's gradient Σ_t δ_t a_tᵀ is projected token by token, (P_out δ_t)(P_in a_t)ᵀ, and never formed. A vector that is
+no longer than a sketch is its own sketch.
 
 What is left to do after the projections is small and alike for many units, so it waits until some have come together.
 
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcr_kernels import segment_outer
@@ -25,7 +27,7 @@ from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.units import Inventory, Unit
 
-# Projections and gradients that wait are added up when they take so much.
+# What waits is added up when it takes so much.
 _WAITING_BYTES = 8 * 2**20
 
 
@@ -33,7 +35,7 @@ class SketchSink(Sink):
     """Collects this rank's sketches.
 
     Attributes:
-        slices: for each slice, float32 [items, G, C], the coordinates of all its units.
+        slices: for each slice, float32 [items, G, C], the coordinates of all its units: parts of one tensor.
         meets: where the head is the embedding, float32 [items, R, D]: Σ_t u_r[token t] δ_t, what the other use of the
             matrix meets; else None.
         rows: which items the current backward pass's rows are: those that follow the one before.
@@ -46,7 +48,9 @@ class SketchSink(Sink):
         for unit in inventory.units:
             self._offset[unit.name] = widths[unit.slice]
             widths[unit.slice] += projections.rank**2
-        self.slices = [torch.zeros(items, projections.groups, width, device=head.device) for width in widths]
+        # One block of memory, which the next measurement finds again where many small ones go back to the system.
+        everything = torch.zeros(items, projections.groups, sum(widths), device=head.device)
+        self.slices = list(everything.split(widths, dim=2))
         self.meets = torch.zeros(items, head.probes, head.width, device=head.device) if head.crosses else None
         self.rows = slice(0, 0)
         # Units and their parts, by what is to be done with them and the parts' shapes and dtypes.
@@ -59,14 +63,15 @@ class SketchSink(Sink):
 
     def end(self) -> None:
         waiting, self._waiting, self._waiting_bytes = self._waiting, defaultdict(list), 0
-        for (sketch, _), alike in waiting.items():
+        for (sketch, given, _), alike in waiting.items():
             units, parts = zip(*alike, strict=True)
-            sketch(units, *(torch.stack(each) for each in zip(*parts, strict=True)))
+            sketch(units, *(torch.stack(each) for each in zip(*parts, strict=True)), **dict(given))
 
-    def _wait(self, sketch: Callable[..., None], unit: Unit, *parts: Tensor) -> None:
-        """``sketch`` is called with this unit and others that have parts of the same shapes, and all parts [U, …]."""
+    def _wait(self, sketch: Callable[..., None], unit: Unit, *parts: Tensor, **given: int) -> None:
+        """``sketch`` is called with this unit and others of which the same is given and that have parts of the same
+        shapes, and all parts [U, …]."""
         shapes = tuple((x.shape, x.dtype) for x in parts)
-        self._waiting[sketch, shapes].append((unit, parts))
+        self._waiting[sketch, tuple(given.items()), shapes].append((unit, parts))
         self._waiting_bytes += sum(x.nbytes for x in parts)
         if self._waiting_bytes > _WAITING_BYTES:
             self.end()
@@ -78,18 +83,14 @@ class SketchSink(Sink):
         by_weight = iter(draw.project_each(weights, "in", inputs_MD) if weights else ())
         entered = []
         for unit in units:
-            if unit.weight:
-                projected = next(by_weight)
-            else:
-                strips = draw.strips(columns)
-                projected = inputs_MD.new_zeros(strips, draw.groups, draw.rank // strips, len(inputs_MD))
+            projected = next(by_weight) if unit.weight else inputs_MD.new_zeros(draw.rank, draw.groups, len(inputs_MD))
             if unit.bias:
                 # The bias is one more column of the weight, and its input is 1. All rows read it, where a strip's rows
                 # are one in s: it weighs 1/√s of an entry of theirs.
-                strips = len(projected)
+                strips = draw.strips(columns)
                 last_1W = draw.matrix(unit.name, "in", columns, columns + 1, inputs_MD)
-                signs_sGc1 = last_1W.view(draw.groups, -1, strips).movedim(2, 0)[..., None]
-                projected = projected + signs_sGc1 * strips**-0.5
+                signs_pG1 = last_1W.view(-1, strips, draw.groups).transpose(0, 1).reshape(draw.rank, -1, 1)
+                projected = projected + signs_pG1 * strips**-0.5
             entered.append(projected)
         return entered
 
@@ -103,12 +104,14 @@ class SketchSink(Sink):
                 project(unit.name, "out", delta_MD[start:stop], expert * width) for expert, start, stop in routing.spans
             ]
             delta, kept = torch.cat(each, dim=-1)[..., routing.inverse], kept[..., routing.inverse]
-        self._wait(self._outer, unit, delta, kept)
+        strips = self.projections.strips
+        self._outer(unit, delta, kept, strips(delta_MD.shape[1]) * strips(unit.shape[1]))
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         met, which = ids_T.unique(return_inverse=True)
-        tokens = self.projections.columns(unit.name, "in", met)[which].movedim(0, -1)[None].to(delta_TD.dtype)
-        self._wait(self._outer, unit, self.projections.project(unit.name, "out", delta_TD), tokens)
+        signs_TGp = self.projections.columns(unit.name, "in", met)[which].to(delta_TD.dtype)
+        delta = self.projections.project(unit.name, "out", delta_TD)
+        self._outer(unit, delta, signs_TGp.permute(2, 1, 0), self.projections.strips(delta_TD.shape[1]))
         if self.meets is not None and unit.parameter is self._head.weight:
             rows = self._layout.rows
             delta_BLD, probes_BLR = rows(delta_TD.float()), rows(self._head.at_tokens(ids_T))
@@ -121,41 +124,47 @@ class SketchSink(Sink):
         """Add vectors' gradients, each folded into a matrix (see :func:`~dcr_scale.probe.units.folded`)."""
         rows, columns = units[0].shape
         groups, rank = self.projections.groups, self.projections.rank
-        missing = rows * columns - gradient_UBD.shape[-1]
-        padded = torch.nn.functional.pad(gradient_UBD, (0, missing)) if missing else gradient_UBD
+        if groups > 1 and gradient_UBD.shape[-1] <= rank**2:
+            # No longer than its sketch, a vector is the sketch: exact, in every group. (The blocks of a single group
+            # are parts of it, and one part of a vector stands for no other.)
+            whole_UBW = F.pad(gradient_UBD, (0, rank**2 - gradient_UBD.shape[-1]))
+            self._add(units, whole_UBW[:, :, None].expand(-1, -1, groups, -1), scale=1.0)
+            return
+        padded = F.pad(gradient_UBD, (0, rows * columns - gradient_UBD.shape[-1]))
         in_UcW, out_UrW = (
             torch.stack([self.projections.matrix(unit.name, role, 0, size, padded) for unit in units])
             for role, size in (("in", columns), ("out", rows))
         )
-        half = (padded.view(len(units), -1, columns) @ in_UcW).view(len(units), -1, rows, groups, rank)
-        out_UGpr = out_UrW.view(-1, rows, groups, rank).permute(0, 2, 3, 1)
-        self._add(units, out_UGpr[:, None] @ half.transpose(2, 3))
+        half = (padded.view(len(units), -1, columns) @ in_UcW).view(len(units), -1, rows, rank, groups)
+        out_UGpr = out_UrW.view(-1, rows, rank, groups).permute(0, 3, 2, 1)
+        self._add(units, (out_UGpr[:, None] @ half.permute(0, 1, 4, 2, 3)).flatten(-2), scale=1 / rank)
 
-    def _outer(self, units: Sequence[Unit], delta: Tensor, inputs: Tensor) -> None:
-        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group; both sides are [U, s, G, c, M]."""
+    def _outer(self, unit: Unit, delta_pGM: Tensor, inputs_pGM: Tensor, strips: int) -> None:
+        """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group. ``strips``: those of both sides,
+        multiplied."""
+        layout = self._layout
+        if layout.cu_seqlens is not None and delta_pGM.is_cuda:
+            self._wait(self._segments, unit, delta_pGM, inputs_pGM, strips=strips)
+            return
+        sides_NpL = (layout.split(x.float()).flatten(1, 2).transpose(0, 1) for x in (delta_pGM, inputs_pGM))
+        left, right = sides_NpL  # N: groups by rows
+        outer_GBW = torch.bmm(left, right.mT).view(self.projections.groups, -1, self.projections.rank**2)
+        self._add([unit], outer_GBW.transpose(0, 1)[None], scale=strips**0.5 / self.projections.rank)
+
+    def _segments(self, units: Sequence[Unit], delta_UpGM: Tensor, inputs_UpGM: Tensor, strips: int) -> None:
+        """:meth:`_outer` of several units where rows follow one another: their groups are further segments, and one
+        launch does them all."""
         layout, groups, rank = self._layout, self.projections.groups, self.projections.rank
-        strips = delta.shape[1] * inputs.shape[1]
-        # Rows take turns among the strips, so that the first ones of a projection are those of a smaller rank.
-        if layout.cu_seqlens is not None and delta.is_cuda:
-            # Groups and units as further segments: one launch for all of them.
-            rows = delta.shape[-1]
-            ends = layout.cu_seqlens * (rows // layout.tokens)
-            shift = torch.arange(len(units) * groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
-            bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
-            flat = [x.permute(0, 2, 4, 3, 1).reshape(-1, rank) for x in (delta, inputs)]
-            outer = segment_outer(flat[0], flat[1], bounds).view(len(units), groups, -1, rank, rank)
-            outer_UBGpp = outer.transpose(1, 2)[:, : len(layout.index)]
-        else:
-            # Units and groups as further rows. Neither einsum nor a broadcast matmul: they cost more than the products.
-            split_BUsGcL = [layout.split(x.float()) for x in (delta, inputs)]
-            left, right = (x.permute(1, 0, 3, 4, 2, 5).reshape(-1, rank, x.shape[-1]) for x in split_BUsGcL)
-            outer_UBGpp = torch.bmm(left, right.mT).view(len(units), -1, groups, rank, rank)
-        self._add(units, outer_UBGpp, strips)
+        rows = delta_UpGM.shape[-1]
+        ends = layout.cu_seqlens * (rows // layout.tokens)
+        shift = torch.arange(len(units) * groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
+        bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
+        left, right = (x.permute(0, 2, 3, 1).reshape(-1, rank) for x in (delta_UpGM, inputs_UpGM))
+        outer_UGBW = segment_outer(left, right, bounds).view(len(units), groups, -1, rank**2)
+        self._add(units, outer_UGBW.transpose(1, 2)[:, : len(layout.index)], scale=strips**0.5 / rank)
 
-    def _add(self, units: Sequence[Unit], sketch_UBGpp: Tensor, strips: int = 1) -> None:
-        """``strips``: those of both sides, multiplied."""
-        scale = strips**0.5 / self.projections.rank
-        for unit, sketch_BGpp in zip(units, sketch_UBGpp, strict=True):
-            start, size = self._offset[unit.name], self.projections.rank**2
-            place = self.slices[unit.slice][self.rows, :, start : start + size]
-            place.add_(sketch_BGpp.flatten(2), alpha=scale)
+    def _add(self, units: Sequence[Unit], sketch_UBGW: Tensor, scale: float) -> None:
+        size = self.projections.rank**2
+        for unit, sketch_BGW in zip(units, sketch_UBGW, strict=True):
+            start = self._offset[unit.name]
+            self.slices[unit.slice][self.rows, :, start : start + size].add_(sketch_BGW, alpha=scale)

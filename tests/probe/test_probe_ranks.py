@@ -52,6 +52,21 @@ def test_when_what_waits_is_added_up_changes_nothing(monkeypatch: pytest.MonkeyP
     assert_same(measured("qwen3-moe", True)[0], expected, selves)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_outer_products_by_segments_are_those_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str):
+    """How a GPU sums them up where prompts are packed: many units and all groups in one launch."""
+    expected, selves = measured(family, True)
+    calls = []
+
+    def by_segments(sink, unit, delta, inputs, strips):
+        calls.append(unit.name)
+        sink._wait(sink._segments, unit, delta, inputs, strips=strips)
+
+    monkeypatch.setattr(sketch.SketchSink, "_outer", by_segments)
+    assert_same(measured(family, True)[0], expected, selves)
+    assert calls
+
+
 def test_a_prompt_s_numbers_do_not_depend_on_the_others():
     model = toy_model("llama")
     together = KernelProbe(model, **SETTINGS).measure(PROMPTS_A, PROMPTS_B)

@@ -11,8 +11,10 @@ NAME, ROLE = "layers.0.weight", "in"
 
 
 def as_matrix(projections: Projections, width: int, start: int = 0) -> torch.Tensor:
-    """[G, rank, width], from what the projection makes of the unit vectors."""
-    return projections.project(NAME, ROLE, torch.eye(width), start).permute(1, 2, 0, 3).flatten(1, 2)
+    """[G, rank, width], from what the projection makes of the unit vectors: row i where it belongs."""
+    projected_pGM = projections.project(NAME, ROLE, torch.eye(width), start)
+    by_strip = projected_pGM.unflatten(0, (projections.strips(width), -1))
+    return by_strip.permute(2, 1, 0, 3).flatten(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_inner_products_are_unbiased_and_err_as_those_of_dense_projections():
             projections = Projections(seed, 8, groups)
             strips = projections.strips(64)
             sides = projections.project(NAME, ROLE, torch.stack([x, y]))
-            found.append((sides[..., 0] * sides[..., 1]).sum(dim=(0, 2)) * strips / 8)
+            found.append((sides[..., 0] * sides[..., 1]).sum(dim=0) * strips / 8)
         return torch.cat(found)
 
     sparse, dense = estimates(4), estimates(1)
