@@ -16,6 +16,7 @@ from dcr_scale.data.instructions import (
     load_answered,
     load_general,
     load_refusals,
+    what_runs_out,
 )
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.splitting import normalised
@@ -30,12 +31,14 @@ class RunData:
         mixture: stage 2's training examples, none where there is no stage 2. As long as the model has not been asked,
             prompts of ``asked`` stand among them without a response.
         asked: what the model is to answer before it is trained, without responses.
+        limited_by: what the mixture, where it takes as many examples as there are, has no more of.
     """
 
     contrast: ContrastSet
     general: InstructionSet
     mixture: list[Instruction]
     asked: list[Instruction]
+    limited_by: str = ""
 
 
 def load_data(config: Config, own: Sequence[Instruction] | None = None) -> RunData:
@@ -54,16 +57,19 @@ def load_data(config: Config, own: Sequence[Instruction] | None = None) -> RunDa
     asked = _asked(config, contrast)
     answered = [*load_answered(config.data, seed), *(asked if own is None else own)]
     check_leakage(contrast, refusals, answered)
+    pools = general.train, refusals.train, answered
+    refusal_share, answered_share = config.align.refusal_share, config.align.answered_share
     mixture = build_mixture(
-        general.train,
-        refusals.train,
-        answered,
+        *pools,
         examples=config.align.examples,
-        refusal_share=config.align.refusal_share,
-        answered_share=config.align.answered_share,
+        refusal_share=refusal_share,
+        answered_share=answered_share,
         seed=seed,
     )
-    return RunData(contrast, general, mixture, asked)
+    limited_by = ""
+    if config.align.examples is None:
+        limited_by = what_runs_out(*pools, refusal_share=refusal_share, answered_share=answered_share)
+    return RunData(contrast, general, mixture, asked, limited_by)
 
 
 def _asked(config: Config, contrast: ContrastSet) -> list[Instruction]:
@@ -95,9 +101,14 @@ def describe(config: Config) -> str:
         lines.append(f"answers: the model's own to {len(data.asked)} seemingly toxic prompts, for stage 2")
     if config.align is not None:
         rehearsed = config.align.rehearsal.batch_size if config.align.rehearsal.weight else 0
+        general, refused = set(data.general.train), sum(example.refusal for example in data.mixture)
+        instructed = sum(example in general for example in data.mixture)
         lines.append(
             f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
-            f"({sum(example.refusal for example in data.mixture)} refusals), {config.align.batch_size} a step"
+            f"({instructed} of {len(general)} general instructions, {refused} refusals, "
+            f"{len(data.mixture) - instructed - refused} answered prompts"
+            f"{f'; there are no more than {data.limited_by}' if data.limited_by else ''}), "
+            f"{config.align.batch_size} a step"
             f"{f' beside {rehearsed} rehearsed contrast prompts' if rehearsed else ''} -> "
             f"{config.run.folder / 'aligned'}"
         )

@@ -127,23 +127,13 @@ def build_mixture(
     contains the smaller, but for at most one answered example. Raises UserError with the numbers where the sequences
     have too few.
     """
-    pools = {"general instructions": general, "refusals": refusals, "answered seemingly toxic prompts": answered}
-
-    def counts(size: int) -> tuple[int, int, int]:
-        refused = math.floor(size * refusal_share + 0.5)
-        # the sum is rounded, so that the rest is never negative
-        both = max(refused, math.floor(size * (refusal_share + answered_share) + 0.5))
-        return size - both, refused, both - refused
-
-    def fits(size: int) -> bool:
-        return all(count <= len(pool) for count, pool in zip(counts(size), pools.values(), strict=True))
-
-    largest = sum(1 for _ in takewhile(fits, range(1, sum(map(len, pools.values())) + 1)))
+    pools = _Pools(general, refusals, answered, refusal_share, answered_share)
+    largest = pools.largest
     size = largest if examples is None else examples
-    if size == 0 or not fits(size):
+    if size == 0 or not pools.fit(size):
         asked = "null" if examples is None else examples
-        named = list(pools.items()) if answered_share else list(pools.items())[:2]
-        wanted = _and([f"{count} {name}" for count, (name, _) in zip(counts(size), named, strict=False)])
+        named = list(pools.named.items())[: 3 if answered_share else 2]
+        wanted = _and([f"{count} {name}" for count, (name, _) in zip(pools.counts(size), named, strict=False)])
         found = _and([f"{len(pool)} {name}" for name, pool in named])
         shares = f"align.refusal_share={refusal_share}"
         if answered_share:
@@ -154,10 +144,56 @@ def build_mixture(
             f"train on; {advice}add sources or change the share"
         )
     chosen: list[Instruction] = []
-    for purpose, pool, count in zip(("general", "refusals", "answered"), pools.values(), counts(size), strict=True):
+    for purpose, pool, count in zip(
+        ("general", "refusals", "answered"), pools.named.values(), pools.counts(size), strict=True
+    ):
         chosen += seeded_order(pool, _key, seed=seed, purpose=f"mixture, {purpose}")[:count]
     return seeded_order(chosen, _key, seed=seed, purpose="mixture")
 
 
+def what_runs_out(
+    general: Sequence[Instruction],
+    refusals: Sequence[Instruction],
+    answered: Sequence[Instruction],
+    *,
+    refusal_share: float,
+    answered_share: float,
+) -> str:
+    """Which of them, by its number and name, a mixture without a given size has no more of."""
+    pools = _Pools(general, refusals, answered, refusal_share, answered_share)
+    following = pools.counts(pools.largest + 1)
+    short = {name: len(pool) for (name, pool), n in zip(pools.named.items(), following, strict=True) if n > len(pool)}
+    return _and([f"{count} {name}" for name, count in short.items()])
+
+
+class _Pools:
+    """What a mixture is drawn from, and how many of each kind one of some size has."""
+
+    def __init__(
+        self,
+        general: Sequence[Instruction],
+        refusals: Sequence[Instruction],
+        answered: Sequence[Instruction],
+        refusal_share: float,
+        answered_share: float,
+    ):
+        self.named = {
+            "general instructions": general,
+            "refusals": refusals,
+            "answered seemingly toxic prompts": answered,
+        }
+        self._refusal_share, self._answered_share = refusal_share, answered_share
+        self.largest = sum(1 for _ in takewhile(self.fit, range(1, sum(map(len, self.named.values())) + 1)))
+
+    def counts(self, size: int) -> tuple[int, int, int]:
+        refused = math.floor(size * self._refusal_share + 0.5)
+        # the sum is rounded, so that the rest is never negative
+        both = max(refused, math.floor(size * (self._refusal_share + self._answered_share) + 0.5))
+        return size - both, refused, both - refused
+
+    def fit(self, size: int) -> bool:
+        return all(n <= len(pool) for n, pool in zip(self.counts(size), self.named.values(), strict=True))
+
+
 def _and(parts: Sequence[str]) -> str:
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]

@@ -18,6 +18,7 @@ from dcr_scale.data.instructions import (
     load_answered,
     load_general,
     load_refusals,
+    what_runs_out,
 )
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.errors import UserError
@@ -246,6 +247,21 @@ def test_too_few_answered_prompts_say_what_would_work() -> None:
     assert "needs 340 general instructions, 20 refusals and 40 answered seemingly toxic prompts; found" in message
     assert "align.refusal_share=0.05 and align.answered_share=0.1" in message
     assert "set align.examples to 5" in message
+
+
+@pytest.mark.parametrize(
+    ("pools", "scarce"),
+    [
+        ((80, 100, 100), "80 general instructions"),
+        ((1000, 5, 100), "5 refusals"),
+        ((1000, 100, 12), "12 answered seemingly toxic prompts"),
+        ((80, 10, 10), "80 general instructions"),
+    ],
+)
+def test_what_a_mixture_has_no_more_of_is_told(pools: tuple[int, int, int], scarce: str) -> None:
+    drawn = instructions(pools[0], refusal=False), instructions(pools[1], refusal=True)
+    answered = instructions(pools[2], refusal=False)
+    assert what_runs_out(*drawn, answered, refusal_share=0.1, answered_share=0.1) == scarce
 
 
 def test_a_share_without_answers_or_the_reverse_is_a_mistake() -> None:
