@@ -9,7 +9,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from torch import nn
 
 from dcr_scale import engine as engines
 from dcr_scale import typed_yaml
-from dcr_scale.align import Aligner, encode_mixture
+from dcr_scale.align import Aligner
 from dcr_scale.config import AlignConfig, Config, RefineConfig
-from dcr_scale.data.chat import ChatEncoder, EncodedExample
-from dcr_scale.data.contrast import encode_contrast
+from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.diagnosis import measure_layer
 from dcr_scale.errors import UserError
@@ -40,14 +39,14 @@ from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.tensor_map import build_tensor_map
 from dcr_scale.models.trunk import build_skeleton, read_config
 from dcr_scale.own_answers import answered_by, write_answers
-from dcr_scale.refine import Refiner, check_layer, contrast_sampler
-from dcr_scale.rehearsal import check_rehearsal
+from dcr_scale.refine import Refiner, check_layer
 from dcr_scale.report import write_report
 from dcr_scale.resume.checkpoints import StageCheckpoints
 from dcr_scale.resume.progress import Progress
-from dcr_scale.resume.run_folder import RunFolder, Share
+from dcr_scale.resume.run_folder import RunFolder
 from dcr_scale.resume.stop import StopRequest
 from dcr_scale.run_data import load_data
+from dcr_scale.run_sequences import encode_align, encode_refine
 from dcr_scale.runlog import duration, finite
 from dcr_scale.training_probe import TrainingProbe
 from dcr_scale.world import World, device_name, seed_everything, versions
@@ -253,32 +252,24 @@ class Run:
     # --- in and out --------------------------------------------------------------------------------------------
 
     def _encode(self) -> None:
-        """All prompts into token ids: what a stage or a look would refuse is refused now, not hours into the run."""
-        config = self.config
-        self.contrast = encode_contrast(self.data.contrast, self.encoder)
-        self.retained: list[list[int]] = []
+        """All prompts into token ids, and who looks and probes on the way."""
+        config, encoder = self.config, self.encoder
+        sequences = encode_refine(config, self.data, encoder, self.world)
+        self.contrast, self.retained = sequences.contrast, sequences.retained
+        if sequences.share is not None:
+            self.folder.shares["refine"] = sequences.share
         self._encode_examples()
         self.looker: Looker | None = None
         self.probe: TrainingProbe | None = None
-        if config.refine is not None:
-            contrast_sampler(config.refine, self.contrast.train.prompts, config.run.seed, self.world)
-            drawn: list[tuple[Sequence[Sequence[int]], int]] = [(self.contrast.train.ids, config.refine.batch_size)]
-            if config.refine.retention.weight:
-                general = [instruction.prompt for instruction in self.data.general.train]
-                general = general[: config.refine.retention.prompts]
-                encoded = self.encoder.encode_prompts(general, "general prompts for retention")
-                self.retained = [ids for ids in encoded if ids is not None]
-                drawn.append((self.retained, config.refine.retention.batch_size))
-            self.folder.shares["refine"] = self._share(drawn)
         if config.probe.every:
             general = [instruction.prompt for instruction in self.data.general.heldout]
             general = general[: max(config.probe.pairs, config.probe.prompts)]
-            encoded = self.encoder.encode_prompts(general, "held-out general prompts")
+            encoded = encoder.encode_prompts(general, "held-out general prompts")
             kept = [ids for ids in encoded if ids is not None]
-            self.probe = TrainingProbe(config.probe, self.encoder, self.contrast.heldout, kept, self.world)
+            self.probe = TrainingProbe(config.probe, encoder, self.contrast.heldout, kept, self.world)
         if config.look.enabled:
             self.looker = Looker(
-                config, self.model_config, self.tokenizer, self.encoder, self.contrast.heldout,
+                config, self.model_config, self.tokenizer, encoder, self.contrast.heldout,
                 self.data.general.heldout, self.world,
             )  # fmt: skip
         asked = max(len(self.questions), len(self.looker.asked) if self.looker is not None else 0)
@@ -286,34 +277,10 @@ class Run:
 
     def _encode_examples(self) -> None:
         """Stage 2's, but for those that the model is yet to answer."""
-        self.mixture: list[Instruction] = []
-        self.examples: list[EncodedExample] = []
-        self.questions: list[Instruction] = []
-        align = self.config.align
-        if align is not None:
-            # As with every prompt: what is too long is refused, or left out, before anything is built.
-            self.questions = [
-                one
-                for one in self.data.asked
-                if self.encoder.encode_example(one.prompt, one.prompt, max_tokens=align.max_tokens) is not None
-            ]
-            self.mixture, self.examples = encode_mixture(self.data.mixture, self.encoder, align, self.world.size)
-            ids = [example.ids for example in self.examples]
-            beside = 0
-            if align.rehearsal.weight:
-                seed, prefix = self.config.run.seed, self.encoder.prefix
-                beside = check_rehearsal(align, self.contrast.train, prefix=prefix, seed=seed, world=self.world)
-            share = self._share([(ids, min(align.batch_size, len(ids)))])
-            self.folder.shares["align"] = Share(share.tokens + beside, share.longest + beside)
-
-    def _share(self, drawn: Sequence[tuple[Sequence[Sequence[int]], int]]) -> Share:
-        """A rank's part of a step that draws so many out of each list of sequences."""
-        prefix, tokens, longest = self.encoder.prefix, 0.0, 0
-        for sequences, count in drawn:
-            lengths = [len(ids) - prefix for ids in sequences]
-            tokens += count * sum(lengths) / max(1, len(lengths))
-            longest = max([longest, *lengths])
-        return Share(round(tokens / self.world.size), longest)
+        sequences = encode_align(self.config, self.data, self.contrast, self.encoder, self.world)
+        self.mixture, self.examples, self.questions = sequences.mixture, sequences.examples, sequences.questions
+        if sequences.share is not None:
+            self.folder.shares["align"] = sequences.share
 
     def _take_up(self, progress: Progress) -> None:
         """Know what earlier parts found, where they are done."""
