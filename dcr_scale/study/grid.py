@@ -28,6 +28,7 @@ _SECOND = (
     "stl_more",
     "dcr_toxic_third",
     "dcr_rehearsed_on_top",
+    "dcr_retained_layer_24",
 )
 
 

@@ -84,6 +84,14 @@ METHODS: dict[str, Method] = {
         answered=64,
         on_top=True,
     ),
+    "dcr_retained_layer_24": Method(
+        "DCR, the same with retention and ℓ = 24",
+        contrast="mixed",
+        refine={"layer": 24, "retention.weight": 1.0},
+        align={"examples": 416},
+        answered=64,
+        on_top=True,
+    ),
     "dcr_rehearsed_on_top": Method(
         "DCR, the same with retention and rehearsal",
         contrast="mixed",

@@ -10,7 +10,7 @@ from torch import Tensor
 from toy_models import toy_model, zero3
 from transformers import PreTrainedModel
 
-from dcr_scale.probe import KernelProbe, KernelSimilarity, sketch
+from dcr_scale.probe import KernelProbe, KernelSimilarity, reduction, sketch
 
 PROMPTS_A = [[3, 4, 5, 6, 7], [8, 0, 3, 9, 2, 30, 4], [9, 9], [31, 5, 17]]
 PROMPTS_B = [[3, 4, 5, 17, 7], [8, 0, 3, 9, 2, 30, 4], [12]]
@@ -86,6 +86,33 @@ def test_ranks_agree_with_one_process(ranks: RankPool, world_size: int):
         for result in results:
             assert_same(result, expected, selves)
             assert torch.equal(result.squared, results[0].squared)
+
+
+# A pair of these has 8 · slices · groups · probes² = 1440 bytes: a block for each prompt, one at a time or two at once.
+PAIR_BYTES = 8 * 5 * 4 * 3**2
+
+
+def on_a_rank_in_blocks(block_bytes: int) -> list[KernelSimilarity]:
+    """Of two sets of prompts, and of one with itself."""
+    kept, reduction._BLOCK_BYTES = reduction._BLOCK_BYTES, block_bytes
+    try:
+        probe = KernelProbe(toy_model("llama"), **SETTINGS)
+        return [probe.measure(PROMPTS_A, PROMPTS_B), probe.measure(PROMPTS_A)]
+    finally:
+        reduction._BLOCK_BYTES = kept
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 8])
+def test_how_many_pairs_are_worked_on_at_once_changes_nothing(ranks: RankPool, pairs: int):
+    expected = on_a_rank_in_blocks(reduction._BLOCK_BYTES)
+    here = on_a_rank_in_blocks(pairs * PAIR_BYTES)
+    for result, whole in zip(here, expected, strict=True):
+        torch.testing.assert_close(result.squared, whole.squared, rtol=1e-9, atol=0)
+        torch.testing.assert_close(result.self_squared, whole.self_squared, rtol=1e-9, atol=0)
+    selves = KernelProbe(toy_model("llama"), **SETTINGS).measure(PROMPTS_B).self_squared, expected[1].self_squared
+    for results in ranks.run(on_a_rank_in_blocks, pairs * PAIR_BYTES, world_size=2):
+        for result, whole, own in zip(results, expected, selves, strict=True):
+            assert_same(result, whole, own)
 
 
 def with_adapters(model: PreTrainedModel) -> PeftModel:
