@@ -313,6 +313,9 @@ def _origin(key: str, origins: dict[str, str]) -> str:
 
 
 def _unknown_key(source: str, key: str, known: list[str]) -> str:
+    glued = next((one for one in known if f".{one}:" in f".{key}"), None)
+    if glued:
+        return f"{source}: unknown key {key}; YAML wants a space after the colon of {glued}:"
     parent, _, name = key.rpartition(".")
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
