@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -92,21 +92,30 @@ def bootstrap(
 
     A draw whose statistic is not a number (0/0) is left out and counted. Raises ValueError where all are.
     """
-    generator = np.random.default_rng(seed)
     estimate = float(statistic({axis: np.arange(size) for axis, size in sizes.items()}))
-    values = np.array(
-        [
-            float(statistic({axis: generator.integers(size, size=size) for axis, size in sizes.items()}))
-            for _ in range(draws)
-        ]
-    )
+    values = np.array([float(statistic(draw)) for draw in resamples(sizes, draws=draws, seed=seed)])
+    return percentile_interval(estimate, values, confidence)
+
+
+def resamples(sizes: Mapping[str, int], *, draws: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """A bootstrap's draws: for each axis of ``sizes`` int64 indices [size], with replacement."""
+    generator = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield {axis: generator.integers(size, size=size) for axis, size in sizes.items()}
+
+
+def percentile_interval(estimate: float, values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    """A bootstrap's interval from its draws' ``values``, float64 [draws]; NaNs are left out and counted.
+
+    Raises ValueError where all are.
+    """
     defined = values[~np.isnan(values)]
     if not len(defined):
-        raise ValueError(f"the statistic has no value in any of {draws} draws of {dict(sizes)}")
+        raise ValueError(f"the statistic has no value in any of {len(values)} draws")
     tail = (1 - confidence) / 2
     # Without interpolation: a ratio's draws may be infinite.
     low, high = np.quantile(defined, [tail, 1 - tail], method="inverted_cdf")
-    return Interval(estimate, float(low), float(high), undefined=int(draws - len(defined)))
+    return Interval(estimate, float(low), float(high), undefined=len(values) - len(defined))
 
 
 def area_under_roc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:
