@@ -12,11 +12,11 @@ from dcr_scale.data.instructions import (
     OWN,
     Instruction,
     InstructionSet,
+    MixturePools,
     build_mixture,
     load_answered,
     load_general,
     load_refusals,
-    what_runs_out,
 )
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.splitting import normalised
@@ -31,14 +31,14 @@ class RunData:
         mixture: stage 2's training examples, none where there is no stage 2. As long as the model has not been asked,
             prompts of ``asked`` stand among them without a response.
         asked: what the model is to answer before it is trained, without responses.
-        limited_by: what the mixture, where it takes as many examples as there are, has no more of.
+        pools: what the mixture is drawn from; None where there is no stage 2.
     """
 
     contrast: ContrastSet
     general: InstructionSet
     mixture: list[Instruction]
     asked: list[Instruction]
-    limited_by: str = ""
+    pools: MixturePools | None = None
 
 
 def load_data(config: Config, own: Sequence[Instruction] | None = None) -> RunData:
@@ -57,19 +57,15 @@ def load_data(config: Config, own: Sequence[Instruction] | None = None) -> RunDa
     asked = _asked(config, contrast)
     answered = [*load_answered(config.data, seed), *(asked if own is None else own)]
     check_leakage(contrast, refusals, answered)
-    pools = general.train, refusals.train, answered
-    refusal_share, answered_share = config.align.refusal_share, config.align.answered_share
-    mixture = build_mixture(
-        *pools,
-        examples=config.align.examples,
-        refusal_share=refusal_share,
-        answered_share=answered_share,
-        seed=seed,
+    pools = MixturePools(
+        general.train,
+        refusals.train,
+        answered,
+        refusal_share=config.align.refusal_share,
+        answered_share=config.align.answered_share,
     )
-    limited_by = ""
-    if config.align.examples is None:
-        limited_by = what_runs_out(*pools, refusal_share=refusal_share, answered_share=answered_share)
-    return RunData(contrast, general, mixture, asked, limited_by)
+    mixture = build_mixture(pools, examples=config.align.examples, seed=seed)
+    return RunData(contrast, general, mixture, asked, pools)
 
 
 def _asked(config: Config, contrast: ContrastSet) -> list[Instruction]:
@@ -99,15 +95,13 @@ def describe(config: Config) -> str:
         )
     if data.asked:
         lines.append(f"answers: the model's own to {len(data.asked)} seemingly toxic prompts, for stage 2")
-    if config.align is not None:
+    if config.align is not None and data.pools is not None:
         rehearsed = config.align.rehearsal.batch_size if config.align.rehearsal.weight else 0
-        general, refused = set(data.general.train), sum(example.refusal for example in data.mixture)
-        instructed = sum(example in general for example in data.mixture)
+        general, refused, answered = data.pools.counts(len(data.mixture))
+        short = f"; of {data.pools.short()} there are no more" if config.align.examples is None else ""
         lines.append(
             f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
-            f"({instructed} of {len(general)} general instructions, {refused} refusals, "
-            f"{len(data.mixture) - instructed - refused} answered prompts"
-            f"{f'; there are no more than {data.limited_by}' if data.limited_by else ''}), "
+            f"({general} general instructions, {refused} refusals, {answered} answered prompts{short}), "
             f"{config.align.batch_size} a step"
             f"{f' beside {rehearsed} rehearsed contrast prompts' if rehearsed else ''} -> "
             f"{config.run.folder / 'aligned'}"

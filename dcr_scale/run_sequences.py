@@ -19,7 +19,7 @@ from dcr_scale.world import World
 
 @dataclass(frozen=True)
 class RefineSequences:
-    """Stage 1's, where ``contrast`` is there without a stage 1 as well: looks and stage 2 need it.
+    """Stage 1's. Looks and stage 2 need ``contrast`` too, so it is there without a stage 1 as well.
 
     ``retained``: general prompts that retention holds. ``share``: a rank's part of a step; None without a stage 1.
     """

@@ -170,7 +170,9 @@ def _check_known(schema: type, tree: Any, key: str, text: str) -> None:
         if dataclasses.is_dataclass(at):
             hints = typing.get_type_hints(at)
             if part not in hints:
-                raise UserError(_unknown_key(COMMAND_LINE, ".".join([*walked, part]), list(hints)))
+                raise UserError(
+                    _unknown_key(COMMAND_LINE, ".".join([*walked, part]), list(hints), colon="its value follows {}=")
+                )
             at = hints[part]
         elif typing.get_origin(at) in (list, dict):
             if typing.get_origin(at) is list and not isinstance(tree, list):
@@ -312,10 +314,13 @@ def _origin(key: str, origins: dict[str, str]) -> str:
     return beneath[0] if beneath else origins[""]
 
 
-def _unknown_key(source: str, key: str, known: list[str]) -> str:
+def _unknown_key(
+    source: str, key: str, known: list[str], *, colon: str = "YAML wants a space after the colon of {}:"
+) -> str:
+    """``colon``: advice for a known key that a colon and more stand behind."""
     glued = next((one for one in known if f".{one}:" in f".{key}"), None)
     if glued:
-        return f"{source}: unknown key {key}; YAML wants a space after the colon of {glued}:"
+        return f"{source}: unknown key {key}; {colon.format(glued)}"
     parent, _, name = key.rpartition(".")
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:

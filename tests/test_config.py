@@ -159,6 +159,7 @@ def test_an_unknown_key_names_its_nearest_match(write):
     assert error_of(path) == f"{path}: {expected}"
     glued = error_of(None, "data.contrast=[{path:rows.jsonl}]")
     assert glued.endswith("unknown key data.contrast.0.path:rows.jsonl; YAML wants a space after the colon of path:")
+    assert error_of(None, "model.path:here=there").endswith("unknown key model.path:here; its value follows path=")
     assert error_of(None, "refin.layer=3") == "command line: unknown key refin; did you mean refine?"
 
 

@@ -60,8 +60,8 @@ def test_prompts_are_seemingly_toxic_ones_that_are_trained_on(config: str) -> No
     assert training_prompts(loaded)["data.answered"] == [one.prompt for one in data.asked]
     text = describe(loaded)
     assert f"answers: the model's own to {ASKED} seemingly toxic prompts" in text
-    assert "4 answered prompts)" in text and "no more than" not in text
-    assert "; there are no more than 5 refusals)" in describe(load_config(config, [*SETTINGS, "align.examples=null"]))
+    assert "4 answered prompts)" in text and "no more" not in text
+    assert "; of 5 refusals there are no more)" in describe(load_config(config, [*SETTINGS, "align.examples=null"]))
 
 
 def test_prompts_that_a_file_answers_are_called_answered(config: str, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Literal
 
 from dcr_scale.config import DataConfig, Source
@@ -111,34 +110,70 @@ def _key(instruction: Instruction) -> str:
     return f"{instruction.prompt}\x1f{instruction.response}"
 
 
-def build_mixture(
-    general: Sequence[Instruction],
-    refusals: Sequence[Instruction],
-    answered: Sequence[Instruction] = (),
-    *,
-    examples: int | None,
-    refusal_share: float,
-    answered_share: float = 0.0,
-    seed: int,
-) -> list[Instruction]:
+class MixturePools:
+    """What stage 2's mixture is drawn from, and how many of each kind one of some size has.
+
+    Attributes:
+        largest: the most examples that a mixture has, no example twice; 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        general: Sequence[Instruction],
+        refusals: Sequence[Instruction],
+        answered: Sequence[Instruction] = (),
+        *,
+        refusal_share: float,
+        answered_share: float = 0.0,
+    ):
+        self.named = {
+            "general instructions": general,
+            "refusals": refusals,
+            "answered seemingly toxic prompts": answered,
+        }
+        self.shares = {"align.refusal_share": refusal_share}
+        if answered_share:
+            self.shares["align.answered_share"] = answered_share
+        # From above, as by rounding a size may fit though a smaller one does not; none does where a kind would be short
+        # of its share by more than one example.
+        all_shares = (1 - refusal_share - answered_share, refusal_share, answered_share)
+        parts = zip(self.named.values(), all_shares, strict=True)
+        bound = min((len(pool) + 1) / share for pool, share in parts if share > 0)
+        total = sum(map(len, self.named.values()))
+        self.largest = next(filter(self.fit, range(min(total, math.ceil(bound)), 0, -1)), 0)
+
+    def counts(self, size: int) -> tuple[int, int, int]:
+        """General instructions, refusals and answered prompts among ``size`` examples."""
+        refusal_share = self.shares["align.refusal_share"]
+        refused = math.floor(size * refusal_share + 0.5)
+        # the sum is rounded, so that the rest is never negative
+        both = max(refused, math.floor(size * (refusal_share + self.shares.get("align.answered_share", 0.0)) + 0.5))
+        return size - both, refused, both - refused
+
+    def fit(self, size: int) -> bool:
+        return all(n <= len(pool) for n, pool in zip(self.counts(size), self.named.values(), strict=True))
+
+    def short(self) -> str:
+        """Which of them, by its number and name, there are too few of for a mixture larger than the largest."""
+        following = zip(self.named.items(), self.counts(self.largest + 1), strict=True)
+        return _and([f"{len(pool)} {name}" for (name, pool), wanted in following if wanted > len(pool)])
+
+
+def build_mixture(pools: MixturePools, *, examples: int | None, seed: int) -> list[Instruction]:
     """Stage 2's training examples, shuffled: ``examples`` of them, by rounded shares refusals and answered ones.
 
-    Without ``examples`` as many as the sequences give at those shares, no example twice. A larger mixture of one seed
-    contains the smaller, but for at most one answered example. Raises UserError with the numbers where the sequences
-    have too few.
+    Without ``examples`` as many as the pools give at those shares, no example twice. A larger mixture of one seed
+    contains the smaller, but for at most one answered example. Raises UserError with the numbers where the pools have
+    too few.
     """
-    pools = _Pools(general, refusals, answered, refusal_share, answered_share)
-    largest = pools.largest
-    size = largest if examples is None else examples
+    size = pools.largest if examples is None else examples
     if size == 0 or not pools.fit(size):
         asked = "null" if examples is None else examples
-        named = list(pools.named.items())[: 3 if answered_share else 2]
+        named = list(pools.named.items())[: 1 + len(pools.shares)]
         wanted = _and([f"{count} {name}" for count, (name, _) in zip(pools.counts(size), named, strict=False)])
         found = _and([f"{len(pool)} {name}" for name, pool in named])
-        shares = f"align.refusal_share={refusal_share}"
-        if answered_share:
-            shares += f" and align.answered_share={answered_share}"
-        advice = f"set align.examples to {largest} or less, or " if largest else ""
+        shares = _and([f"{name}={share}" for name, share in pools.shares.items()])
+        advice = f"set align.examples to {pools.largest}, or " if pools.largest else ""
         raise UserError(
             f"align.examples={asked} at {shares} needs {wanted if size else 'at least one example'}; found {found} to "
             f"train on; {advice}add sources or change the share"
@@ -149,50 +184,6 @@ def build_mixture(
     ):
         chosen += seeded_order(pool, _key, seed=seed, purpose=f"mixture, {purpose}")[:count]
     return seeded_order(chosen, _key, seed=seed, purpose="mixture")
-
-
-def what_runs_out(
-    general: Sequence[Instruction],
-    refusals: Sequence[Instruction],
-    answered: Sequence[Instruction],
-    *,
-    refusal_share: float,
-    answered_share: float,
-) -> str:
-    """Which of them, by its number and name, a mixture without a given size has no more of."""
-    pools = _Pools(general, refusals, answered, refusal_share, answered_share)
-    following = pools.counts(pools.largest + 1)
-    short = {name: len(pool) for (name, pool), n in zip(pools.named.items(), following, strict=True) if n > len(pool)}
-    return _and([f"{count} {name}" for name, count in short.items()])
-
-
-class _Pools:
-    """What a mixture is drawn from, and how many of each kind one of some size has."""
-
-    def __init__(
-        self,
-        general: Sequence[Instruction],
-        refusals: Sequence[Instruction],
-        answered: Sequence[Instruction],
-        refusal_share: float,
-        answered_share: float,
-    ):
-        self.named = {
-            "general instructions": general,
-            "refusals": refusals,
-            "answered seemingly toxic prompts": answered,
-        }
-        self._refusal_share, self._answered_share = refusal_share, answered_share
-        self.largest = sum(1 for _ in takewhile(self.fit, range(1, sum(map(len, self.named.values())) + 1)))
-
-    def counts(self, size: int) -> tuple[int, int, int]:
-        refused = math.floor(size * self._refusal_share + 0.5)
-        # the sum is rounded, so that the rest is never negative
-        both = max(refused, math.floor(size * (self._refusal_share + self._answered_share) + 0.5))
-        return size - both, refused, both - refused
-
-    def fit(self, size: int) -> bool:
-        return all(n <= len(pool) for n, pool in zip(self.counts(size), self.named.values(), strict=True))
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -14,12 +14,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its two-sided interval; ``undefined`` draws of a bootstrap had no value and are left out."""
+    """A figure with its two-sided interval; ``undefined`` is the share of a bootstrap's draws that had no value and are
+    left out."""
 
     estimate: float
     low: float
     high: float
-    undefined: int = 0
+    undefined: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -115,7 +116,7 @@ def percentile_interval(estimate: float, values: np.ndarray, confidence: float =
     tail = (1 - confidence) / 2
     # Without interpolation: a ratio's draws may be infinite.
     low, high = np.quantile(defined, [tail, 1 - tail], method="inverted_cdf")
-    return Interval(estimate, float(low), float(high), undefined=len(values) - len(defined))
+    return Interval(estimate, float(low), float(high), undefined=1 - len(defined) / len(values))
 
 
 def area_under_roc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:

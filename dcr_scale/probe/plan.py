@@ -100,7 +100,8 @@ def plan_measurement(
     widths = [0] * inventory.slices
     for unit in inventory.units:
         widths[unit.slice] += rank**2
-    products = sum(unit.kind in ("linear", "experts") for unit in inventory.units)
+    routed = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
+    products = sum({"linear": 1, "experts": routed}.get(unit.kind, 0) for unit in inventory.units)
     shares = owners(inventory.slices, world_size)
     owned = [sum(widths[s] for s in share) for share in shares]
     total = len(lengths) * output_probes

@@ -19,8 +19,8 @@ from dcr_scale.probe.estimator import Blocks, Estimate, cut_into_blocks
 
 # Inner products of one block of pairs, all slices together, in bytes.
 _BLOCK_BYTES = 256 * 2**20
-# At least so many blocks of a set of prompts with itself: half of its pairs mirror the others. More would leave out
-# more of them, in products that are thinner and take as long.
+# A set of prompts with itself is cut into so many blocks, or nearly, as half of its pairs mirror the others. More would
+# leave out more of them, in products that are thinner and take as long.
 _BANDS = 4
 
 
@@ -71,8 +71,8 @@ def own_slices(slices: list[Tensor], items: Tensor, total: int) -> dict[int, Ten
     """Every item's coordinates in the slices that this rank owns: {slice: [total, G, C_s]}."""
     size = world_size()
     if size == 1:
-        order = items.argsort()
-        return dict(enumerate(_chosen(rows, order, dim=0) for rows in slices))
+        order = _positions(items.argsort())
+        return dict(enumerate(rows[order] for rows in slices))
     shares = owners(len(slices), size)
     sent = [torch.cat([slices[s] for s in share], dim=2) if share else slices[0][:, :, :0] for share in shares]
     rows = exchange(sent)
@@ -85,12 +85,11 @@ def own_slices(slices: list[Tensor], items: Tensor, total: int) -> dict[int, Ten
     return dict(zip(mine, everything.split(widths, dim=2), strict=True)) if mine else {}
 
 
-def _chosen(rows: Tensor, which: Tensor, dim: int) -> Tensor:
-    """``rows`` at positions ``which`` (int64 [n]) of a dimension: a view where they follow one another."""
+def _positions(which: Tensor) -> slice | Tensor:
+    """``which`` (int64 [n]) as what to index by: a slice, which makes views, where they follow one another."""
     first, count = int(which[0]) if len(which) else 0, len(which)
-    if torch.equal(which, torch.arange(first, first + count, device=which.device)):
-        return rows.narrow(dim, first, count)
-    return rows.index_select(dim, which)
+    follow = torch.equal(which, torch.arange(first, first + count, device=which.device))
+    return slice(first, first + count) if follow else which
 
 
 class Products:
@@ -118,17 +117,18 @@ class Products:
             )
             for left, right in pairs
         ]  # fmt: skip
+        # Outside the loops: asking a GPU waits for it.
+        places = [(_positions(left), _positions(right)) for left, right in pairs]
         for s, x in enumerate(self._own):
             for group in range(groups):
                 # One matrix at a time is held at this precision, and is in the caches for all of the blocks.
                 sketches_NRC = x[:, group].double().unflatten(0, (-1, probes))
-                for products, (left, right) in zip(found, pairs, strict=True):
-                    a, b = (_chosen(sketches_NRC, which, 0) for which in (left, right))
-                    place = products[s, group]
+                for products, (left, right) in zip(found, places, strict=True):
+                    a, b, into = sketches_NRC[left], sketches_NRC[right], products[s, group]
                     if paired:
-                        place[:, :, 0] = a @ b.mT
+                        into[:, :, 0] = a @ b.mT
                     else:
-                        torch.mm(a.flatten(0, 1), b.flatten(0, 1).mT, out=place.flatten(2, 3).flatten(0, 1))
+                        torch.mm(a.flatten(0, 1), b.flatten(0, 1).mT, out=into.flatten(2, 3).flatten(0, 1))
         return [products.transpose(3, 4) for products in found]
 
 

@@ -2,13 +2,13 @@
 
 A gradient G [rows, columns] becomes S = P_out G P_inᵀ, rank × rank numbers a group. With entries ±1,
 E ⟨S, S'⟩ = rank² ⟨G, G'⟩, and the sketch is divided by the rank so that the inner product itself is unbiased. A
-product's gradient Σ_t δ_t a_tᵀ is projected token by token, (P_out δ_t)(P_in a_t)ᵀ, and never formed. A vector that is
-no longer than a sketch is its own sketch.
+product's gradient Σ_t δ_t a_tᵀ is projected token by token, (P_out δ_t)(P_in a_t)ᵀ, and never formed. With several
+groups, a vector that is no longer than a sketch is its own sketch.
 
 What is left to do after the projections is small and alike for many units, so it waits until some have come together.
 
-Shape suffixes: B rows of the micro-batch, L their longest, M rows of a product, U units, s strips, c = p / s, G groups,
-p rank, W = G · p.
+Shape suffixes: B rows of the micro-batch, L their longest, N = G · B, M rows of a product, U units, G groups, p rank,
+W = G · p, S = p² (a sketch), R output probes, m × n a vector folded into a matrix.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class SketchSink(Sink):
             sketch(units, *(torch.stack(each) for each in zip(*parts, strict=True)), **dict(given))
 
     def _wait(self, sketch: Callable[..., None], unit: Unit, *parts: Tensor, **given: int) -> None:
-        """``sketch`` is called with this unit and others of which the same is given and that have parts of the same
-        shapes, and all parts [U, …]."""
+        """Have ``sketch`` called later, once for all units of which the same is ``given`` and whose parts have the same
+        shapes and dtypes; it gets the parts stacked, [U, …]."""
         shapes = tuple((x.shape, x.dtype) for x in parts)
         self._waiting[sketch, tuple(given.items()), shapes].append((unit, parts))
         self._waiting_bytes += sum(x.nbytes for x in parts)
@@ -118,26 +118,27 @@ class SketchSink(Sink):
             self.meets[self.rows] += torch.einsum("blr,bld->brd", probes_BLR, delta_BLD)
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
-        self._wait(self._folded, unit, gradient_BD)
+        self._wait(self._vectors, unit, gradient_BD)
 
-    def _folded(self, units: Sequence[Unit], gradient_UBD: Tensor) -> None:
-        """Add vectors' gradients, each folded into a matrix (see :func:`~dcr_scale.probe.units.folded`)."""
+    def _vectors(self, units: Sequence[Unit], gradient_UBD: Tensor) -> None:
+        """Add vectors' gradients: as they are where they fit into a sketch, else folded into matrices
+        (:func:`~dcr_scale.probe.units.folded`)."""
         rows, columns = units[0].shape
         groups, rank = self.projections.groups, self.projections.rank
         if groups > 1 and gradient_UBD.shape[-1] <= rank**2:
             # No longer than its sketch, a vector is the sketch: exact, in every group. (The blocks of a single group
             # are parts of it, and one part of a vector stands for no other.)
-            whole_UBW = F.pad(gradient_UBD, (0, rank**2 - gradient_UBD.shape[-1]))
-            self._add(units, whole_UBW[:, :, None].expand(-1, -1, groups, -1), scale=1.0)
+            whole_UBS = F.pad(gradient_UBD, (0, rank**2 - gradient_UBD.shape[-1]))
+            self._add(units, whole_UBS[:, :, None].expand(-1, -1, groups, -1), scale=1.0)
             return
         padded = F.pad(gradient_UBD, (0, rows * columns - gradient_UBD.shape[-1]))
-        in_UcW, out_UrW = (
+        in_UnW, out_UmW = (
             torch.stack([self.projections.matrix(unit.name, role, 0, size, padded) for unit in units])
             for role, size in (("in", columns), ("out", rows))
         )
-        half = (padded.view(len(units), -1, columns) @ in_UcW).view(len(units), -1, rows, rank, groups)
-        out_UGpr = out_UrW.view(-1, rows, rank, groups).permute(0, 3, 2, 1)
-        self._add(units, (out_UGpr[:, None] @ half.permute(0, 1, 4, 2, 3)).flatten(-2), scale=1 / rank)
+        half = (padded.view(len(units), -1, columns) @ in_UnW).view(len(units), -1, rows, rank, groups)
+        out_UGpm = out_UmW.view(-1, rows, rank, groups).permute(0, 3, 2, 1)
+        self._add(units, (out_UGpm[:, None] @ half.permute(0, 1, 4, 2, 3)).flatten(-2), scale=1 / rank)
 
     def _outer(self, unit: Unit, delta_pGM: Tensor, inputs_pGM: Tensor, strips: int) -> None:
         """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group. ``strips``: those of both sides,
@@ -146,10 +147,9 @@ class SketchSink(Sink):
         if layout.cu_seqlens is not None and delta_pGM.is_cuda:
             self._wait(self._segments, unit, delta_pGM, inputs_pGM, strips=strips)
             return
-        sides_NpL = (layout.split(x.float()).flatten(1, 2).transpose(0, 1) for x in (delta_pGM, inputs_pGM))
-        left, right = sides_NpL  # N: groups by rows
-        outer_GBW = torch.bmm(left, right.mT).view(self.projections.groups, -1, self.projections.rank**2)
-        self._add([unit], outer_GBW.transpose(0, 1)[None], scale=strips**0.5 / self.projections.rank)
+        left_NpL, right_NpL = (layout.split(x.float()).flatten(1, 2).transpose(0, 1) for x in (delta_pGM, inputs_pGM))
+        outer_GBS = torch.bmm(left_NpL, right_NpL.mT).view(self.projections.groups, -1, self.projections.rank**2)
+        self._add([unit], outer_GBS.transpose(0, 1)[None], scale=strips**0.5 / self.projections.rank)
 
     def _segments(self, units: Sequence[Unit], delta_UpGM: Tensor, inputs_UpGM: Tensor, strips: int) -> None:
         """:meth:`_outer` of several units where rows follow one another: their groups are further segments, and one
@@ -160,11 +160,11 @@ class SketchSink(Sink):
         shift = torch.arange(len(units) * groups, device=ends.device, dtype=ends.dtype)[:, None] * rows
         bounds = torch.cat([ends[:1], (ends[1:] + shift).flatten()])
         left, right = (x.permute(0, 2, 3, 1).reshape(-1, rank) for x in (delta_UpGM, inputs_UpGM))
-        outer_UGBW = segment_outer(left, right, bounds).view(len(units), groups, -1, rank**2)
-        self._add(units, outer_UGBW.transpose(1, 2)[:, : len(layout.index)], scale=strips**0.5 / rank)
+        outer_UGBS = segment_outer(left, right, bounds).view(len(units), groups, -1, rank**2)
+        self._add(units, outer_UGBS.transpose(1, 2)[:, : len(layout.index)], scale=strips**0.5 / rank)
 
-    def _add(self, units: Sequence[Unit], sketch_UBGW: Tensor, scale: float) -> None:
+    def _add(self, units: Sequence[Unit], sketch_UBGS: Tensor, scale: float) -> None:
         size = self.projections.rank**2
-        for unit, sketch_BGW in zip(units, sketch_UBGW, strict=True):
+        for unit, sketch_BGS in zip(units, sketch_UBGS, strict=True):
             start = self._offset[unit.name]
-            self.slices[unit.slice][self.rows, :, start : start + size].add_(sketch_BGW, alpha=scale)
+            self.slices[unit.slice][self.rows, :, start : start + size].add_(sketch_BGS, alpha=scale)

@@ -9,7 +9,8 @@ from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
 # From models that refuse a few toxic prompts to models that refuse nearly all.
 SHARES = (0.15, 0.25, 0.5)
 SEEDS = (0, 1, 2)
-# All seeds, as the claim rests on them; the others show by one seed which part of the method does what.
+# All seeds from the first; the rivals have their other seeds from the second grid, and the rest show by one seed which
+# part of the method does what.
 _REPEATED = ("stl", "dcr")
 _ONCE = ("stl_aug", "surgical", "scans", "dcr_paper", "dcr_matched", "dcr_circle")
 _SECOND = (

@@ -51,7 +51,11 @@ def verdict(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]], me
 
 
 def shown(interval: Interval | None) -> str:
-    return "–" if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    """With the share of draws behind the interval, where it is not nearly all of them."""
+    if interval is None:
+        return "–"
+    behind = f", of {1 - interval.undefined:.0%} of draws" if interval.undefined > 0.05 else ""
+    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]{behind}"
 
 
 def _said(found: Interval | None, holds: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dcr_scale.config import DataConfig
 from dcr_scale.data.contrast import load_contrast
-from dcr_scale.data.instructions import build_mixture, load_general, load_refusals
+from dcr_scale.data.instructions import MixturePools, build_mixture, load_general, load_refusals
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.sampler import ContrastSampler
 
@@ -13,7 +13,8 @@ def test_the_built_in_sets_load_without_overlap_and_mix() -> None:
     data = DataConfig()
     refusals = load_refusals(data, seed=0)
     check_leakage(load_contrast(data, seed=0), refusals)
-    mixture = build_mixture(load_general(data, seed=0).train, refusals.train, examples=None, refusal_share=0.05, seed=0)
+    pools = MixturePools(load_general(data, seed=0).train, refusals.train, refusal_share=0.05)
+    mixture = build_mixture(pools, examples=None, seed=0)
     assert len(mixture) >= 300
 
 

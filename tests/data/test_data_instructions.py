@@ -14,11 +14,11 @@ from dcr_scale.data.contrast import ContrastPrompt, ContrastSet
 from dcr_scale.data.instructions import (
     Instruction,
     InstructionSet,
+    MixturePools,
     build_mixture,
     load_answered,
     load_general,
     load_refusals,
-    what_runs_out,
 )
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.errors import UserError
@@ -172,7 +172,7 @@ def test_the_share_is_exact_or_an_error_says_why(
     pools = instructions(general, refusal=False), instructions(refusals, refusal=True)
 
     def build(size: int | None) -> list[Instruction]:
-        return build_mixture(*pools, examples=size, refusal_share=share, seed=seed)
+        return build_mixture(MixturePools(*pools, refusal_share=share), examples=size, seed=seed)
 
     def possible(size: int) -> bool:
         wanted = int(size * share + 0.5)
@@ -191,22 +191,21 @@ def test_the_share_is_exact_or_an_error_says_why(
 
 
 def test_the_mixture_is_shuffled_and_smaller_ones_lie_within_larger() -> None:
-    pools = instructions(500, refusal=False), instructions(100, refusal=True)
-    small = build_mixture(*pools, examples=200, refusal_share=0.1, seed=0)
-    large = build_mixture(*pools, examples=400, refusal_share=0.1, seed=0)
-    other = build_mixture(*pools, examples=200, refusal_share=0.1, seed=1)
+    pools = MixturePools(instructions(500, refusal=False), instructions(100, refusal=True), refusal_share=0.1)
+    small, large = (build_mixture(pools, examples=size, seed=0) for size in (200, 400))
+    other = build_mixture(pools, examples=200, seed=1)
     assert set(small) < set(large) and set(small) != set(other)
     assert 2 <= sum(example.refusal for example in small[:100]) <= 18
 
 
 def test_too_few_refusals_say_what_would_work() -> None:
-    pools = instructions(1000, refusal=False), instructions(20, refusal=True)
+    pools = MixturePools(instructions(1000, refusal=False), instructions(20, refusal=True), refusal_share=0.05)
     with pytest.raises(UserError) as caught:
-        build_mixture(*pools, examples=1000, refusal_share=0.05, seed=0)
+        build_mixture(pools, examples=1000, seed=0)
     message = str(caught.value)
     assert "needs 950 general instructions and 50 refusals; found 1000" in message and "20 refusals" in message
-    assert "set align.examples to 409 or less" in message
-    assert len(build_mixture(*pools, examples=409, refusal_share=0.05, seed=0)) == 409
+    assert "set align.examples to 409, or" in message
+    assert len(build_mixture(pools, examples=409, seed=0)) == 409
 
 
 @given(
@@ -217,22 +216,22 @@ def test_too_few_refusals_say_what_would_work() -> None:
 def test_answered_prompts_have_their_share_too(
     pools: tuple[int, int, int], shares: tuple[float, float], examples: int | None
 ) -> None:
-    """Every size is within one example of each share, and a size that is advised works."""
+    """Every size is within one example of each share; a size that is advised works, and is the largest that does."""
     general, refusals = instructions(pools[0], refusal=False), instructions(pools[1], refusal=True)
     answered = [Instruction(f"Kill {i}", "Like this.", False, f"Kill {i}", "answered") for i in range(pools[2])]
+    drawn = MixturePools(general, refusals, answered, refusal_share=shares[0], answered_share=shares[1])
 
     def build(size: int | None) -> list[Instruction]:
-        return build_mixture(
-            general, refusals, answered, examples=size, refusal_share=shares[0], answered_share=shares[1], seed=0
-        )
+        return build_mixture(drawn, examples=size, seed=0)
 
+    largest = max((size for size in range(1, sum(pools) + 1) if drawn.fit(size)), default=0)
     try:
         mixture = build(examples)
     except UserError as error:
-        if "or less" in str(error):
-            assert build(int(str(error).split("set align.examples to ")[1].split()[0]))
+        advised = f"set align.examples to {largest}, or " in str(error)
+        assert advised if largest else "set align.examples" not in str(error)
         return
-    assert examples in (None, len(mixture))
+    assert len(mixture) == (largest if examples is None else examples)
     assert len(set(mixture)) == len(mixture)
     counts = (sum(one.refusal for one in mixture), sum(one.source == "answered" for one in mixture))
     for count, share in zip(counts, shares, strict=True):
@@ -240,9 +239,10 @@ def test_answered_prompts_have_their_share_too(
 
 
 def test_too_few_answered_prompts_say_what_would_work() -> None:
-    pools = instructions(1000, refusal=False), instructions(100, refusal=True), instructions(5, refusal=False)
+    drawn = instructions(1000, refusal=False), instructions(100, refusal=True), instructions(5, refusal=False)
+    pools = MixturePools(*drawn, refusal_share=0.05, answered_share=0.1)
     with pytest.raises(UserError) as caught:
-        build_mixture(*pools, examples=400, refusal_share=0.05, answered_share=0.1, seed=0)
+        build_mixture(pools, examples=400, seed=0)
     message = str(caught.value)
     assert "needs 340 general instructions, 20 refusals and 40 answered seemingly toxic prompts; found" in message
     assert "align.refusal_share=0.05 and align.answered_share=0.1" in message
@@ -259,9 +259,8 @@ def test_too_few_answered_prompts_say_what_would_work() -> None:
     ],
 )
 def test_what_a_mixture_has_no_more_of_is_told(pools: tuple[int, int, int], scarce: str) -> None:
-    drawn = instructions(pools[0], refusal=False), instructions(pools[1], refusal=True)
-    answered = instructions(pools[2], refusal=False)
-    assert what_runs_out(*drawn, answered, refusal_share=0.1, answered_share=0.1) == scarce
+    drawn = [instructions(size, refusal=at == 1) for at, size in enumerate(pools)]
+    assert MixturePools(*drawn, refusal_share=0.1, answered_share=0.1).short() == scarce
 
 
 def test_a_share_without_answers_or_the_reverse_is_a_mistake() -> None:

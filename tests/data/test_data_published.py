@@ -9,7 +9,7 @@ import pytest
 
 from dcr_scale.config import ContrastSource, DataConfig, Source
 from dcr_scale.data.contrast import load_contrast
-from dcr_scale.data.instructions import build_mixture, load_general, load_refusals
+from dcr_scale.data.instructions import MixturePools, build_mixture, load_general, load_refusals
 from dcr_scale.data.leakage import check_leakage
 from dcr_scale.data.sources import read_rows
 
@@ -56,7 +56,7 @@ def test_the_papers_stages_share_no_toxic_prompt_and_mix_at_five_per_cent() -> N
     data = paper()
     refusals, general = load_refusals(data, seed=0), load_general(data, seed=0)
     check_leakage(load_contrast(data, seed=0), refusals)
-    mixture = build_mixture(general.train, refusals.train, examples=5000, refusal_share=0.05, seed=0)
+    mixture = build_mixture(MixturePools(general.train, refusals.train, refusal_share=0.05), examples=5000, seed=0)
     assert sum(example.refusal for example in mixture) == 250
 
 

@@ -11,21 +11,24 @@ from rank_pool import RankPool
 from toy_models import toy_model
 from transformers import LlamaConfig
 
-from dcr_scale.probe import KernelProbe
+from dcr_scale.probe import KernelProbe, measure
 from dcr_scale.probe.plan import plan_measurement
+from dcr_scale.probe.reduction import own_slices
+from dcr_scale.probe.sketch import SketchSink
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 0, 3, 9, 2, 30, 4], [9, 9], [31, 5, 17], [12], [1, 2, 3, 4], [7, 6, 5]]
 SETTINGS = {"rank": 4, "groups": 3, "output_probes": 2, "micro_batch_tokens": 9}
 
 
-def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
-    """What this rank sent by all_to_all, received of parameters, and its largest pickle, in one measurement."""
+def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int]:
+    """What this rank sent by all_to_all, received of parameters and held of sketches, and its largest pickle, in one
+    measurement."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = toy_model("llama", tied=tied)
+    model = toy_model(family, tied=tied)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = {
@@ -38,7 +41,8 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    count = {"exchanged": 0, "gathered": 0, "pickled": 0}
+    count = {"exchanged": 0, "gathered": 0, "pickled": 0, "kept": 0, "sketches": 0, "slices": 0}
+    entered = 0
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     all_to_all = torch.distributed.all_to_all_single
     gather_object = torch.distributed.all_gather_object
@@ -53,6 +57,25 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
         count["pickled"] = max(count["pickled"], len(pickle.dumps(own)))
         return gather_object(everyone, own)
 
+    class CountingSink(SketchSink):
+        def begin(self, layout):
+            nonlocal entered
+            entered = 0
+            super().begin(layout)
+
+        def enter(self, units, inputs, routing):
+            nonlocal entered
+            found = super().enter(units, inputs, routing)
+            entered += sum(x.nbytes for x in found)
+            count["kept"] = max(count["kept"], entered)
+            return found
+
+    def counting_slices(slices, items, total):
+        own = own_slices(slices, items, total)
+        count["sketches"] = sum(x.nbytes for x in slices)
+        count["slices"] = sum(x.nbytes for x in own.values())
+        return own
+
     def counting(gather):
         def counted(self, output=None, tensor=None, *args, input_tensor=None, output_tensor=None, **more):
             part = tensor if input_tensor is None else input_tensor
@@ -61,6 +84,7 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
 
         return counted
 
+    measure.SketchSink, measure.own_slices = CountingSink, counting_slices
     torch.distributed.all_to_all_single = counting_exchange
     torch.distributed.all_gather_object = measuring_pickles
     for name, gather in gathers.items():
@@ -68,6 +92,7 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
     try:
         KernelProbe(engine, **SETTINGS).measure(PROMPTS)
     finally:
+        measure.SketchSink, measure.own_slices = SketchSink, own_slices
         torch.distributed.all_to_all_single = all_to_all
         torch.distributed.all_gather_object = gather_object
         for name, gather in gathers.items():
@@ -77,10 +102,15 @@ def counted_bytes(tied: bool, checkpointing: bool) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "tied", "checkpointing"), [(2, True, False), (4, False, True)])
-def test_planned_bytes_are_those_counted(ranks: RankPool, world_size: int, tied: bool, checkpointing: bool):
+@pytest.mark.parametrize(
+    ("world_size", "family", "tied", "checkpointing"),
+    [(2, "llama", True, False), (4, "llama", False, True), (2, "mixtral", False, False)],
+)
+def test_planned_bytes_are_those_counted(
+    ranks: RankPool, world_size: int, family: str, tied: bool, checkpointing: bool
+):
     plan = plan_measurement(
-        toy_model("llama", tied=tied).config,
+        toy_model(family, tied=tied).config,
         [len(prompt) for prompt in PROMPTS],
         world_size=world_size,
         element_bytes=4,
@@ -88,8 +118,9 @@ def test_planned_bytes_are_those_counted(ranks: RankPool, world_size: int, tied:
         persistence_threshold=20,
         **SETTINGS,
     )
-    counts = ranks.run(counted_bytes, tied, checkpointing, world_size=world_size, timeout=300.0)
-    assert max(count["exchanged"] for count in counts) == plan.exchanged
+    counts = ranks.run(counted_bytes, family, tied, checkpointing, world_size=world_size, timeout=300.0)
+    for what in ("exchanged", "kept", "sketches", "slices"):
+        assert max(count[what] for count in counts) == getattr(plan, what), what
     for count in counts:
         # Shapes: no numbers travel beside those that are counted.
         assert count["pickled"] < 100 * world_size

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dcr_scale.study.analysis import Curve, curves, ratio
+from dcr_scale.evaluation.intervals import bootstrap
+from dcr_scale.study.analysis import Curve, common_defence, curves, ratio
+from dcr_scale.study.verdict import shown
 
 CLASSES = {"asked": "seemingly_toxic", "attack": "toxic", "plain": "general"}
 
@@ -104,6 +108,52 @@ def test_the_interval_covers_an_equal_method_as_often_as_it_claims() -> None:
         found = ratio(drawn("dcr"), drawn("stl"), draws=100)
         covered += found.low <= 1 <= found.high
     assert 88 <= covered <= 100
+
+
+@pytest.mark.parametrize(("defence", "left_out"), [(0.55, (0.0, 0.05)), (0.8, (0.2, 0.8))])
+def test_one_model_at_the_end_of_a_line_leaves_draws_out(defence: float, left_out: tuple[float, float]) -> None:
+    """A method of one model of STL's truth: within the line the interval holds 1; at its end draws go without a ratio,
+    their share is told, and the rest still hold 1 more often than not."""
+    generator = np.random.default_rng(0)
+
+    def drawn(method: str, defences: list[float]) -> Curve:
+        truth = {"attack": defences, "asked": [0.8 * x for x in defences], "plain": [0.1] * len(defences)}
+        size = 1, len(defences), 240
+        refused = {name: generator.random(size) < np.array(truth[name])[None, :, None] for name in CLASSES}
+        return Curve(method, (0,), tuple(range(len(defences))), refused, CLASSES)
+
+    found = [ratio(drawn("dcr", [defence]), drawn("stl", [0.3, 0.8]), draws=200) for _ in range(60)]
+    compared = [interval for interval in found if interval is not None]
+    covered = [interval.low <= 1 <= interval.high for interval in compared]
+    assert np.mean(covered) > 0.8
+    assert left_out[0] <= np.mean([interval.undefined for interval in compared]) <= left_out[1]
+    assert ("of draws" in shown(compared[0])) == (compared[0].undefined > 0.05)
+
+
+def test_all_draws_at_once_are_the_draws_one_by_one() -> None:
+    """The ratio of each draw, from counts, is that of the curves indexed by the draw."""
+    generator = np.random.default_rng(1)
+
+    def drawn(method: str, rates: list[float]) -> Curve:
+        refused = {name: generator.random((3, len(rates), 12)) < np.array(rates)[None, :, None] for name in CLASSES}
+        return Curve(method, (0, 1, 2), tuple(range(len(rates))), refused, CLASSES)
+
+    ours, theirs = drawn("dcr", [0.3, 0.5, 0.7]), drawn("stl", [0.4, 0.8])
+
+    def one(at: Mapping[str, np.ndarray]) -> float:
+        taken = [
+            replace(line, refused={name: x[at["seed"]][:, :, at[name]] for name, x in line.refused.items()})
+            for line in (ours, theirs)
+        ]
+        low, high = common_defence(*taken)
+        if low > high:
+            return math.nan
+        mine, other = (line.at(np.linspace(low, high, 33)).mean() for line in taken)
+        return mine / other if other else math.nan
+
+    slow, fast = bootstrap(one, ours.sizes(), draws=200), ratio(ours, theirs, draws=200)
+    for of in ("estimate", "low", "high", "undefined"):
+        assert getattr(fast, of) == pytest.approx(getattr(slow, of), rel=1e-12)
 
 
 def record(method: str, seed: int, share: float, refused: str) -> dict:
