@@ -146,13 +146,14 @@ def points(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> 
 
 
 def by_suite(lines: Mapping[str, Curve]) -> str:
-    """Refusal rate of each suite, method by method, where each defends as STL does at its middle share."""
-    defence = _middle_defence(lines)
-    rows = [("suite", "class", *(f"{METHODS[name].title}" for name, _ in _in_order(lines)))]
-    for suite, of_class in lines["stl"].classes.items():
-        refused = [line.each(suite, defence) for _, line in _in_order(lines)]
-        cells = ["–" if each is None else f"{each.mean():.2f}" for each in refused]
-        rows.append((suite, of_class.replace("_", " "), *cells))
+    """Refusal rate of each suite, where each method defends as STL does at its middle share; methods whose line does
+    not reach that far are left out."""
+    defence, suites = _middle_defence(lines), lines["stl"].classes
+    rows = [("method", *(f"{suite}, {of_class.replace('_', ' ')}" for suite, of_class in suites.items()))]
+    for name, line in _in_order(lines):
+        refused = [line.each(suite, defence) for suite in suites]
+        if all(each is not None for each in refused):
+            rows.append((METHODS[name].title, *(f"{each.mean():.2f}" for each in refused)))
     return _table(rows)
 
 

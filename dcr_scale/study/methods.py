@@ -70,14 +70,15 @@ METHODS: dict[str, Method] = {
     ),
     # As many refusals as general examples where the share is a half: general answers suffer where they are fewer.
     "dcr_answered_on_top": Method(
-        "DCR, 64 answered prompts on top of 352 examples",
+        "DCR, 64 answered prompts on top",
         contrast="mixed",
         align={"examples": 416},
         answered=64,
         on_top=True,
     ),
+    # What the shipped configurations do: retention in stage 1, and answered prompts on top in stage 2.
     "dcr_retained_on_top": Method(
-        "DCR, the same with retention in stage 1",
+        "DCR, default recipe",
         contrast="mixed",
         refine={"retention.weight": 1.0},
         align={"examples": 416},
@@ -85,7 +86,7 @@ METHODS: dict[str, Method] = {
         on_top=True,
     ),
     "dcr_retained_layer_24": Method(
-        "DCR, the same with retention and ℓ = 24",
+        "DCR, default recipe at ℓ = 24",
         contrast="mixed",
         refine={"layer": 24, "retention.weight": 1.0},
         align={"examples": 416},
@@ -93,7 +94,7 @@ METHODS: dict[str, Method] = {
         on_top=True,
     ),
     "dcr_rehearsed_on_top": Method(
-        "DCR, the same with retention and rehearsal",
+        "DCR, default recipe and rehearsal",
         contrast="mixed",
         refine={"retention.weight": 1.0},
         align={"examples": 416, "rehearsal.weight": 0.3},
@@ -108,6 +109,6 @@ METHODS: dict[str, Method] = {
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }
 
-# What the goals are asked of: DCR as the paper has it, the same with answered prompts, and the best that was found.
+# What the goals are asked of: stage 1 alone, with answered prompts in stage 2, and the best that was found.
 CLAIMED = ("dcr", "dcr_answered_on_top", "dcr_retained_on_top")
 BASELINES = ("stl", "stl_aug", "surgical", "scans")
