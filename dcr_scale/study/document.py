@@ -149,11 +149,13 @@ def by_suite(lines: Mapping[str, Curve]) -> str:
     """Refusal rate of each suite, where each method defends as STL does at its middle share; methods whose line does
     not reach that far are left out."""
     defence, suites = _middle_defence(lines), lines["stl"].classes
-    rows = [("method", *(f"{suite}, {of_class.replace('_', ' ')}" for suite, of_class in suites.items()))]
+    named = {suite: of_class.replace("_", " ") for suite, of_class in suites.items()}
+    head = (suite if suite == of_class else f"{suite}, {of_class}" for suite, of_class in named.items())
+    rows: list[tuple[str, ...]] = [("method", *head)]
     for name, line in _in_order(lines):
-        refused = [line.each(suite, defence) for suite in suites]
-        if all(each is not None for each in refused):
-            rows.append((METHODS[name].title, *(f"{each.mean():.2f}" for each in refused)))
+        found = [each for suite in suites if (each := line.each(suite, defence)) is not None]
+        if found:
+            rows.append((METHODS[name].title, *(f"{each.mean():.2f}" for each in found)))
     return _table(rows)
 
 
