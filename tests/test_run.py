@@ -271,7 +271,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     (tmp_path / "pasted.yaml").write_text(resolved, encoding="utf-8")
     assert load_config(tmp_path / "pasted.yaml", []) == load_config(config, [refine])
     assert ("stage 1: the first 2 layers, supcon loss, at most 4 steps of 8 prompts" in plan) is (refine[6] == ".")
-    assert re.search(r"stage 2: full, 1 epochs of \d+ examples \(\d+ refusals\), 4 a step", plan)
+    counts = r"\d+ general instructions, \d+ refusals, \d+ answered prompts"
+    assert re.search(rf"stage 2: full, 1 epochs of \d+ examples \({counts}.*\), 4 a step", plan)
 
 
 def test_a_dry_run_of_a_checkpoint_says_what_it_takes(
