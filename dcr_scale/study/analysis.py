@@ -97,8 +97,8 @@ def ratio(ours: Curve, theirs: Curve, of_class: str = "seemingly_toxic", *, draw
 
     The ratio of the two lines' means over the range of defence success that both have, by the seeds that both have;
     None where there is none. The interval is a bootstrap over those seeds and, within each suite, prompts; both methods
-    are drawn alike. Draws in which no defence success is common to both have no ratio: at the end of a line they are
-    many, and the interval covers the truth less often than it claims.
+    are drawn alike. Draws in which no defence success is common to both have no ratio; at the end of a line they
+    are many.
     """
     ours, theirs = paired(ours, theirs)
     if not ours.seeds:
