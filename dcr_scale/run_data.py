@@ -98,10 +98,10 @@ def describe(config: Config) -> str:
     if config.align is not None and data.pools is not None:
         rehearsed = config.align.rehearsal.batch_size if config.align.rehearsal.weight else 0
         general, refused, answered = data.pools.counts(len(data.mixture))
-        short = f"; of {data.pools.short()} there are no more" if config.align.examples is None else ""
+        scarce = f"; of {data.pools.scarce()} there are no more" if config.align.examples is None else ""
         lines.append(
             f"stage 2: {config.align.method}, {config.align.epochs:g} epochs of {len(data.mixture)} examples "
-            f"({general} general instructions, {refused} refusals, {answered} answered prompts{short}), "
+            f"({general} general instructions, {refused} refusals, {answered} answered prompts{scarce}), "
             f"{config.align.batch_size} a step"
             f"{f' beside {rehearsed} rehearsed contrast prompts' if rehearsed else ''} -> "
             f"{config.run.folder / 'aligned'}"

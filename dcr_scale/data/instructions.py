@@ -131,32 +131,42 @@ class MixturePools:
             "refusals": refusals,
             "answered seemingly toxic prompts": answered,
         }
-        self.shares = {"align.refusal_share": refusal_share}
-        if answered_share:
-            self.shares["align.answered_share"] = answered_share
+        self._refusal_share, self._answered_share = refusal_share, answered_share
         # From above, as by rounding a size may fit though a smaller one does not; none does where a kind would be short
         # of its share by more than one example.
-        all_shares = (1 - refusal_share - answered_share, refusal_share, answered_share)
-        parts = zip(self.named.values(), all_shares, strict=True)
+        shares = (1 - refusal_share - answered_share, refusal_share, answered_share)
+        parts = zip(self.named.values(), shares, strict=True)
         bound = min((len(pool) + 1) / share for pool, share in parts if share > 0)
         total = sum(map(len, self.named.values()))
         self.largest = next(filter(self.fit, range(min(total, math.ceil(bound)), 0, -1)), 0)
 
     def counts(self, size: int) -> tuple[int, int, int]:
         """General instructions, refusals and answered prompts among ``size`` examples."""
-        refusal_share = self.shares["align.refusal_share"]
-        refused = math.floor(size * refusal_share + 0.5)
+        refused = math.floor(size * self._refusal_share + 0.5)
         # the sum is rounded, so that the rest is never negative
-        both = max(refused, math.floor(size * (refusal_share + self.shares.get("align.answered_share", 0.0)) + 0.5))
+        both = max(refused, math.floor(size * (self._refusal_share + self._answered_share) + 0.5))
         return size - both, refused, both - refused
 
     def fit(self, size: int) -> bool:
         return all(n <= len(pool) for n, pool in zip(self.counts(size), self.named.values(), strict=True))
 
-    def short(self) -> str:
+    def scarce(self) -> str:
         """Which of them, by its number and name, there are too few of for a mixture larger than the largest."""
         following = zip(self.named.items(), self.counts(self.largest + 1), strict=True)
         return _and([f"{len(pool)} {name}" for (name, pool), wanted in following if wanted > len(pool)])
+
+    def wanted(self, examples: int | None) -> str:
+        """What a mixture of ``examples`` needs and what there is, for whoever asked for too many."""
+        size = self.largest if examples is None else examples
+        asked = (
+            f"align.examples={'null' if examples is None else examples} at align.refusal_share={self._refusal_share}"
+        )
+        named = list(self.named.items())[: 3 if self._answered_share else 2]
+        if self._answered_share:
+            asked += f" and align.answered_share={self._answered_share}"
+        needed = _and([f"{count} {name}" for count, (name, _) in zip(self.counts(size), named, strict=False)])
+        found = _and([f"{len(pool)} {name}" for name, pool in named])
+        return f"{asked} needs {needed if size else 'at least one example'}; found {found} to train on"
 
 
 def build_mixture(pools: MixturePools, *, examples: int | None, seed: int) -> list[Instruction]:
@@ -168,16 +178,8 @@ def build_mixture(pools: MixturePools, *, examples: int | None, seed: int) -> li
     """
     size = pools.largest if examples is None else examples
     if size == 0 or not pools.fit(size):
-        asked = "null" if examples is None else examples
-        named = list(pools.named.items())[: 1 + len(pools.shares)]
-        wanted = _and([f"{count} {name}" for count, (name, _) in zip(pools.counts(size), named, strict=False)])
-        found = _and([f"{len(pool)} {name}" for name, pool in named])
-        shares = _and([f"{name}={share}" for name, share in pools.shares.items()])
         advice = f"set align.examples to {pools.largest}, or " if pools.largest else ""
-        raise UserError(
-            f"align.examples={asked} at {shares} needs {wanted if size else 'at least one example'}; found {found} to "
-            f"train on; {advice}add sources or change the share"
-        )
+        raise UserError(f"{pools.wanted(examples)}; {advice}add sources or change the share")
     chosen: list[Instruction] = []
     for purpose, pool, count in zip(
         ("general", "refusals", "answered"), pools.named.values(), pools.counts(size), strict=True

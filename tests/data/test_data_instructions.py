@@ -260,7 +260,7 @@ def test_too_few_answered_prompts_say_what_would_work() -> None:
 )
 def test_what_a_mixture_has_no_more_of_is_told(pools: tuple[int, int, int], scarce: str) -> None:
     drawn = [instructions(size, refusal=at == 1) for at, size in enumerate(pools)]
-    assert MixturePools(*drawn, refusal_share=0.1, answered_share=0.1).short() == scarce
+    assert MixturePools(*drawn, refusal_share=0.1, answered_share=0.1).scarce() == scarce
 
 
 def test_a_share_without_answers_or_the_reverse_is_a_mistake() -> None:
