@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS
+from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS, WITHOUT_STAGE_1
 
 # From models that refuse a few toxic prompts to models that refuse nearly all.
 SHARES = (0.15, 0.25, 0.5)
@@ -71,9 +71,10 @@ def first_grid() -> list[Cell]:
 
 
 def second_grid() -> list[Cell]:
-    """What the first grid suggests to ask next: the best recipes and the rivals by all seeds, and which parts of DCR
-    matter."""
-    cells = [Cell(seed, method, share) for method in CLAIMED[:0:-1] for seed in SEEDS for share in SHARES]
+    """What the first grid suggests to ask next: the best recipes, their stage 2 alone and the rivals by all seeds, and
+    which parts of DCR matter."""
+    repeated = (*CLAIMED[:0:-1], WITHOUT_STAGE_1)
+    cells = [Cell(seed, method, share) for method in repeated for seed in SEEDS for share in SHARES]
     cells += [Cell(seed, method, share) for seed in SEEDS[1:] for method in BASELINES[1:] for share in SHARES]
     return cells + [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
 

@@ -105,6 +105,8 @@ METHODS: dict[str, Method] = {
         "DCR, 64 answered prompts, 416 examples", contrast="mixed", align={"examples": 416}, answered=64
     ),
     "stl_aug_more": Method("STL-aug, 320 examples", align={"examples": 320}, answered=32),
+    # The default recipe's stage 2, on a model that has had no stage 1.
+    "stl_aug_on_top": Method("STL-aug, 64 answered prompts on top", align={"examples": 416}, answered=64, on_top=True),
     "stl_more": Method("STL, 320 examples", align={"examples": 320}),
     "dcr_toxic_third": Method("DCR, one toxic prompt in three", contrast="mixed", refine={"toxic_share": 1 / 3}),
 }
@@ -112,3 +114,5 @@ METHODS: dict[str, Method] = {
 # What the goals are asked of: stage 1 alone, with answered prompts in stage 2, and the best that was found.
 CLAIMED = ("dcr", "dcr_answered_on_top", "dcr_retained_on_top")
 BASELINES = ("stl", "stl_aug", "surgical", "scans")
+# What shows how much of the best that was found is stage 1's.
+WITHOUT_STAGE_1 = "stl_aug_on_top"
