@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", nargs="+", default=["first", "second"], choices=("first", "second", "quick"))
+    parser.add_argument(
+        "--grid", nargs="+", default=["first", "second"], choices=("first", "second", "confirmation", "quick")
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells side by side (default: one a core)")
     parser.add_argument("--config", default=str(ROOT / "configs" / "study.yaml"))
     parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
@@ -35,11 +37,12 @@ def study() -> None:
     from dcr_scale.runlog import configure_console
     from dcr_scale.study import command, document
 
-    quick = given.grid == ["quick"]
-    records = given.records or command.records_folder(ROOT / "benchmarks" / "results", given.data, quick=quick)
+    kind = command.kind_of(given.grid)
+    results = ROOT / "benchmarks" / "results"
+    records = given.records or command.records_folder(results, given.data, kind)
     configure_console(0)
     if not given.report_only:
-        opened = command.open_study(given.config, records, given.work, given.data, quick=quick)
+        opened = command.open_study(given.config, records, given.work, given.data, kind)
         if given.cell:
             opened.run(command.cell_named(given.cell))
             return
@@ -47,8 +50,9 @@ def study() -> None:
         own = [sys.executable, __file__, *_same(given), "--cell"]
         command.run_cells(opened, cells, own, max(1, given.jobs))
     # The page is about published suites.
-    page = ROOT / "docs" / "study.md" if not quick and given.data.is_dir() else None
-    logging.getLogger().info("\n%s", document.write(records, page))
+    page = ROOT / "docs" / "study.md" if kind != "quick" and given.data.is_dir() else None
+    write = document.confirm if kind == "confirmation" else document.write
+    logging.getLogger().info("\n%s", write(records, page))
 
 
 def _same(given: argparse.Namespace) -> list[str]:

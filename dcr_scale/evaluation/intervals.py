@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -117,6 +118,17 @@ def percentile_interval(estimate: float, values: np.ndarray, confidence: float =
     # Without interpolation: a ratio's draws may be infinite.
     low, high = np.quantile(defined, [tail, 1 - tail], method="inverted_cdf")
     return Interval(estimate, float(low), float(high), undefined=1 - len(defined) / len(values))
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of independent values with Student's t interval, for where they are too few to be resampled: a
+    bootstrap of three cannot reach past the least and the greatest. Raises ValueError for fewer than two."""
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} value has no spread")
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return Interval(mean, mean - half, mean + half)
 
 
 def area_under_roc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:

@@ -109,6 +109,12 @@ def ratio(ours: Curve, theirs: Curve, of_class: str = "seemingly_toxic", *, draw
     return percentile_interval(estimate, _ratios(ours, theirs, of_class, _drawn(tuple(ours.sizes().items()), draws)))
 
 
+def ratios_by_seed(ours: Curve, theirs: Curve, of_class: str = "seemingly_toxic") -> list[float]:
+    """:func:`ratio` by each of the seeds that both have alone; NaN where the two have no defence success in common."""
+    each = [(ours.of_seeds([seed]), theirs.of_seeds([seed])) for seed in paired(ours, theirs)[0].seeds]
+    return [float(_ratios(mine, other, of_class, mine.whole())[0]) for mine, other in each]
+
+
 def _ratios(ours: Curve, theirs: Curve, of_class: str, counts: Counts) -> np.ndarray:
     """The ratio in every draw, float64 [D]; NaN where the lines have no defence success in common, or 0/0."""
     low_D, high_D = _common_defence(ours, theirs, counts)

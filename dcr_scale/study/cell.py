@@ -7,7 +7,6 @@ suite's order, and what it cost.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import shutil
@@ -38,6 +37,7 @@ from dcr_scale.models.checkpoint import Checkpoint, resolve
 from dcr_scale.own_answers import own_answers
 from dcr_scale.pipeline import run
 from dcr_scale.study.data import Sources, StudyData
+from dcr_scale.study.fingerprint import fingerprint
 from dcr_scale.study.grid import Cell, measured, probed
 from dcr_scale.study.heldout_kernel import at_moments, heldout_pairs
 from dcr_scale.study.methods import METHODS, Method
@@ -94,19 +94,22 @@ class Study:
         return record
 
     def made_by(self, cell: Cell) -> str:
-        """A digest of all that decides what the cell's models become and how they are asked, but for where files lie.
+        """A digest of all that decides what the cell's models become, how they are asked and what is measured of them:
+        settings and the content of files, not where they lie.
 
         What a method does not use is not in it: STL's cells stay what they are when stage 1 changes.
         """
-        method, align = METHODS[cell.method], self.config(cell, stage=2)
-        used: dict[str, Any] = {"model": self.base.model.path, "max_new_tokens": self.max_new_tokens}
-        used["align"] = typed_yaml.to_tree(align)["align"]
+        method, tree = METHODS[cell.method], typed_yaml.to_tree(self.config(cell, stage=2))
+        used = {**self._common(), "align": tree["align"], "max_new_tokens": self.max_new_tokens}
         used["sources"] = [self.data.general, self.data.refusals]
         if method.contrast is not None:
             used["refine"] = self._stage_1(cell)
         # The probe's pairs are held-out contrast prompts.
         if method.contrast is not None or probed(cell):
             used["contrast"] = self.data.contrast[method.contrast or "mixed"]
+            used["probe"] = {**tree["probe"], "every": None, "micro_batch_tokens": None}
+        if measured(cell):
+            used["kernel_pairs"] = self.kernel_pairs
         if method.steering is not None:
             used["contrast"] = self.data.contrast["without_general"]
             used["fit"] = _FIT[method.steering]
@@ -116,7 +119,17 @@ class Study:
         used["align"]["lora"].pop("export")
         if not used["align"]["rehearsal"]["weight"]:
             used["align"].pop("rehearsal")
-        return _digest(used)
+        return fingerprint(used)
+
+    def _common(self) -> dict[str, Any]:
+        """What decides in both stages, whatever the method."""
+        data = typed_yaml.to_tree(self.base)["data"]
+        read = ("heldout", "heldout_limit", "max_prompt_tokens", "overlong", "system_prompt")
+        return {
+            "model": self.base.model.path,
+            "precision": self.base.engine.precision,
+            "data": {key: data[key] for key in read},
+        }
 
     def _stage_1(self, cell: Cell) -> dict[str, Any]:
         """``refine`` of the cell's configuration, without what changes no model."""
@@ -241,9 +254,7 @@ class Study:
 
         # The same at all shares, and for methods that differ in stage 2.
         recipe = METHODS[cell.method].contrast or "mixed"
-        made_by = _digest(
-            {"model": self.base.model.path, "refine": self._stage_1(cell), "contrast": self.data.contrast[recipe]}
-        )
+        made_by = fingerprint({**self._common(), "refine": self._stage_1(cell), "contrast": self.data.contrast[recipe]})
         return build_once(self.work / "refined" / f"seed{cell.seed}_{made_by}", build)
 
     def _align(self, cell: Cell, method: Method, partial: Path) -> None:
@@ -284,7 +295,7 @@ class Study:
 
         # The same at all shares, and for methods that differ elsewhere.
         prompts = self.data.contrast["without_general"]
-        made_by = _digest({"model": self.base.model.path, "answered": [METHODS[cell.method].answered, prompts]})
+        made_by = fingerprint({**self._common(), "answered": [METHODS[cell.method].answered, prompts]})
         return build_once(self.work / "answered" / f"seed{cell.seed}_{made_by}", build) / "answered.jsonl"
 
     def _steering(self, cell: Cell, trained: Path) -> baselines.Steering | None:
@@ -392,17 +403,6 @@ def _verdicts(answers: Sequence[Answer]) -> dict[str, Any]:
 def _load(folder: Path) -> tuple[PreTrainedModel, ChatEncoder]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, ChatEncoder(AutoTokenizer.from_pretrained(folder), overlong="drop")
-
-
-def _digest(used: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(_without_folders(used)).encode(), digest_size=8).hexdigest()
-
-
-def _without_folders(tree: Any) -> Any:
-    """The tree with every source's file by its name alone, so that a record holds on another machine."""
-    if isinstance(tree, dict):
-        return {key: Path(value).name if key == "path" else _without_folders(value) for key, value in tree.items()}
-    return [_without_folders(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _assign(settings: Any, key: str, value: Any) -> None:

@@ -9,41 +9,66 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 from dcr_scale.config import load_config
 from dcr_scale.errors import UserError
+from dcr_scale.evaluation.contamination import overlap
 from dcr_scale.runlog import duration
-from dcr_scale.study.cell import Study
-from dcr_scale.study.data import builtin_data, research_data
-from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
+from dcr_scale.study.cell import Study, judge_digest
+from dcr_scale.study.data import builtin_data, research_data, trained_on
+from dcr_scale.study.grid import Cell, confirmation_grid, first_grid, quick_grid, second_grid
 from dcr_scale.study.methods import METHODS
 
 log = logging.getLogger(__name__)
 
-GRIDS = {"first": first_grid, "second": second_grid, "quick": quick_grid}
-# Prompts of a suite: in the quick grid, and else.
-_PROMPTS = {True: 24, False: 80}
-# Matched pairs whose kernel similarity is measured, likewise.
-_PAIRS = {True: 8, False: 64}
+GRIDS = {"first": first_grid, "second": second_grid, "confirmation": confirmation_grid, "quick": quick_grid}
+# Grids that go together: those that explore, those of other prompts, and those of few.
+Kind = Literal["study", "confirmation", "quick"]
+# Prompts of a suite, and matched pairs whose kernel similarity is measured.
+_PROMPTS: dict[Kind, int] = {"study": 80, "confirmation": 80, "quick": 24}
+_PAIRS: dict[Kind, int] = {"study": 64, "confirmation": 64, "quick": 8}
 _SUITES = "suites.json"
 
 
-def records_folder(results: Path, data: Path, *, quick: bool) -> Path:
-    """Where records lie unless told otherwise: those of our own prompts, or of few prompts, apart."""
-    return results / ("study_quick" if quick else "study" if data.is_dir() else "study_builtin")
+def kind_of(grids: Sequence[str]) -> Kind:
+    """Raises UserError for grids that do not go together: their records are of different prompts."""
+    if set(grids) <= {"first", "second"}:
+        return "study"
+    if list(grids) not in (["confirmation"], ["quick"]):
+        raise UserError(f"--grid {' '.join(grids)}: confirmation and quick have records of their own; give one alone")
+    return cast(Kind, grids[0])
 
 
-def open_study(config: str, records: Path, work: Path, data: Path, *, quick: bool) -> Study:
+def records_folder(results: Path, data: Path, kind: Kind) -> Path:
+    """Where records lie unless told otherwise: those of our own prompts, of few prompts, or of new ones, apart."""
+    if kind == "study":
+        return results / ("study" if data.is_dir() else "study_builtin")
+    return results / f"study_{kind}"
+
+
+def open_study(config: str, records: Path, work: Path, data: Path, kind: Kind) -> Study:
     """The study as its configuration has it: on research data where ``data`` is a folder, else on our own prompts.
 
-    Raises UserError for a configuration without both stages.
+    Raises UserError for a configuration without both stages, for a confirmation without research data, and for suites
+    that share prompts with what is trained on.
     """
     base = load_config(config, [])
     if base.refine is None or base.align is None or base.align.examples is None:
         raise UserError(f"{config}: the study needs refine, align and align.examples")
-    prompts = _PROMPTS[quick]
-    found = research_data(data, prompts) if data.is_dir() else builtin_data(work / "data", prompts)
-    return Study(base, found, records, work, kernel_pairs=_PAIRS[quick])
+    prompts = _PROMPTS[kind]
+    if data.is_dir():
+        found = research_data(data, prompts, beyond=_PROMPTS["study"] if kind == "confirmation" else 0)
+    elif kind == "confirmation":
+        raise UserError(f"{data}: no such folder, and the built-in prompts are too few for a confirmation on new ones")
+    else:
+        found = builtin_data(work / "data", prompts)
+    training = trained_on(found)
+    for name, suite in found.suites.items():
+        warning = overlap(name, suite, training).warning()
+        if warning:
+            raise UserError(warning)
+    return Study(base, found, records, work, kernel_pairs=_PAIRS[kind])
 
 
 def pending(study: Study, cells: Sequence[Cell]) -> list[Cell]:
@@ -105,12 +130,18 @@ def cell_named(name: str) -> Cell:
 
 
 def read_records(folder: Path) -> tuple[list[dict], dict[str, dict]]:
-    """The finished cells' records, and what the suites consist of. Raises UserError where there are none."""
+    """The finished cells' records, and what the suites consist of. Raises UserError where there are none, and for
+    records of another judge."""
     suites = folder / _SUITES
     paths = sorted(path for path in folder.glob("*_seed*.json"))
     if not paths or not suites.is_file():
         raise UserError(f"{folder}: no cell of the study is finished; run `make study`")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    stale = [path.name for path, record in zip(paths, records, strict=True) if record["judge"] != judge_digest()]
+    if stale:
+        raise UserError(
+            f"{folder}: {len(stale)} records are by another judge ({stale[0]}, …); `make study` asks it anew"
+        )
     return records, json.loads(suites.read_text(encoding="utf-8"))
 
 

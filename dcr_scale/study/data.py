@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from dcr_scale.config import DataConfig, Label
+from dcr_scale import typed_yaml
+from dcr_scale.config import Config, DataConfig, Label
 from dcr_scale.data.contrast import ContrastPrompt, load_contrast
 from dcr_scale.data.instructions import Instruction, load_general, load_refusals
-from dcr_scale.data.splitting import draw
+from dcr_scale.data.splitting import draw, normalised
 from dcr_scale.evaluation.identity import digest
 from dcr_scale.evaluation.suites import SuitePrompt, load_suite
 
@@ -50,8 +51,12 @@ class StudyData:
         }
 
 
-def research_data(folder: Path, prompts: int) -> StudyData:
-    """The data sets in ``folder``, at most ``prompts`` prompts of a suite. No suite's prompt is trained on."""
+def research_data(folder: Path, prompts: int, *, beyond: int = 0) -> StudyData:
+    """The data sets in ``folder``, at most ``prompts`` prompts of a suite.
+
+    ``beyond``: leave out the prompts that so many a suite consist of; suites without any other are left out too, and
+    AdvBench, on which no method was compared, comes in.
+    """
 
     def path(name: str) -> str:
         return str(folder / name)
@@ -78,7 +83,15 @@ def research_data(folder: Path, prompts: int) -> StudyData:
         "jailbreakbench": "jailbreakbench.jsonl",
         "general": "alpaca_heldout.jsonl",
     }
-    suites = {name: _some(load_suite(f"{name}={folder / file}"), prompts) for name, file in names.items()}
+    suites = {name: load_suite(f"{name}={folder / file}") for name, file in names.items()}
+    if beyond:
+        # By their text: one prompt may be in several suites.
+        seen = {normalised(prompt.text) for suite in suites.values() for prompt in _some(suite, beyond)}
+        suites["advbench"] = load_suite(f"advbench={folder / 'advbench.jsonl'}")
+        suites = {
+            name: [prompt for prompt in suite if normalised(prompt.text) not in seen] for name, suite in suites.items()
+        }
+    suites = {name: _some(suite, prompts) for name, suite in suites.items() if suite}
     return StudyData(contrast, [general], [{"path": path("stl_refusals_stage2.jsonl")}], suites, published=True)
 
 
@@ -112,6 +125,24 @@ def builtin_data(work: Path, prompts: int) -> StudyData:
         for number, one in enumerate(general.heldout[:prompts])
     ]
     return StudyData(recipes, [{"path": taught}], [{"path": refused}], suites, published=False)
+
+
+def trained_on(data: StudyData) -> dict[str, list[str]]:
+    """The prompts that a cell's training may draw from, by what they are for."""
+    trees: dict[str, dict[str, Sources]] = {recipe: {"contrast": sources} for recipe, sources in data.contrast.items()}
+    trees["stage 2"] = {"general": data.general, "refusals": data.refusals}
+    found: dict[str, list[str]] = {}
+    for name, tree in trees.items():
+        # whole sources: which of their rows are drawn depends on the seed
+        whole = {kind: [{**source, "limit": None} for source in sources] for kind, sources in tree.items()}
+        part = typed_yaml.load(Config, None, [f"data={json.dumps(whole)}"]).data
+        if name == "stage 2":
+            sets = load_general(part, _SPLIT_SEED), load_refusals(part, _SPLIT_SEED)
+            found[name] = [one.prompt for side in sets for one in (*side.train, *side.heldout)]
+        else:
+            side = load_contrast(part, _SPLIT_SEED)
+            found[f"stage 1, {name}"] = [one.text for one in (*side.train, *side.heldout)]
+    return found
 
 
 def _some(prompts: Sequence[SuitePrompt], limit: int) -> list[SuitePrompt]:

@@ -58,6 +58,23 @@ def write(records: Path, page: Path | None) -> str:
     return headline
 
 
+def confirm(records: Path, page: Path | None) -> str:
+    """The same of the confirmation, which has a block of its own."""
+    found, suites = read_records(records)
+    classes = {name: suite["class"] for name, suite in suites.items()}
+    lines = curves(found, classes)
+    if "stl" not in lines:
+        raise UserError(f"{records}: no seed of STL has all its shares yet; there is nothing to compare with")
+    compared = comparison(lines, curves(found, classes, by="phrases"))
+    answers = [answer for answer in verdict(lines, found, CLAIMED[-1]) if answer[-1] != "not measured"]
+    if page is not None:
+        parts = [compared, _table([_goals(CLAIMED[-1]), *answers]), setting(found, suites)]
+        page.write_text(
+            filled(page.read_text(encoding="utf-8"), {"confirmation": "\n\n".join(parts)}), encoding="utf-8"
+        )
+    return compared
+
+
 def filled(text: str, blocks: Mapping[str, str]) -> str:
     """The page with each block's content replaced. Raises UserError for a page without one of them."""
     for name, content in blocks.items():
@@ -72,12 +89,13 @@ def filled(text: str, blocks: Mapping[str, str]) -> str:
 
 def verdicts(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:
     """The goals of every kind of DCR that is claimed: :func:`~dcr_scale.study.verdict.verdict`."""
-    tables = [
-        _table([(METHODS[name].title, "measured", "holds"), *verdict(lines, records, name)])
-        for name in CLAIMED
-        if name in lines
-    ]
+    tables = [_table([_goals(name), *verdict(lines, records, name)]) for name in CLAIMED if name in lines]
     return "\n\n".join(tables)
+
+
+def _goals(method: str) -> tuple[str, ...]:
+    """The head of a table of goals."""
+    return METHODS[method].title, "measured", "each seed: t interval", "holds"
 
 
 def comparison(lines: Mapping[str, Curve], by_phrases: Mapping[str, Curve]) -> str:
@@ -130,7 +148,7 @@ def rivals(lines: Mapping[str, Curve]) -> str:
 
 def points(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> str:
     """Each model of each method as a point, and how many of all its answers are degenerate: those refuse nothing."""
-    head = ("method", "refusals in stage 2", "defence success", "refused, seemingly toxic", "refused, general")
+    head = ("method", "seeds", "refusals in stage 2", "defence success", "refused, seemingly toxic", "refused, general")
     rows: list[tuple[str, ...]] = [(*head, "degenerate")]
     for name, line in _in_order(lines):
         for at, share in enumerate(line.shares):
@@ -141,20 +159,21 @@ def points(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]]) -> 
                 if (record["cell"]["method"], record["cell"]["share"]) == (name, share)
                 for verdicts in record["suites"].values()
             )
-            rows.append((METHODS[name].title, f"{share:.0%}", *rates, f"{labels.count('D') / len(labels):.1%}"))
+            seeds = str(len(line.seeds))
+            rows.append((METHODS[name].title, seeds, f"{share:.0%}", *rates, f"{labels.count('D') / len(labels):.1%}"))
     return _table(rows)
 
 
 def by_suite(lines: Mapping[str, Curve]) -> str:
     """Refusal rate of each suite, where each method defends as STL does at its middle share; methods whose line does
-    not reach that far are left out."""
+    not reach that far, or that lack one of STL's seeds, are left out."""
     defence, suites = _middle_defence(lines), lines["stl"].classes
     named = {suite: of_class.replace("_", " ") for suite, of_class in suites.items()}
     head = (suite if suite == of_class else f"{suite}, {of_class}" for suite, of_class in named.items())
     rows: list[tuple[str, ...]] = [("method", *head)]
     for name, line in _in_order(lines):
         found = [each for suite in suites if (each := line.each(suite, defence)) is not None]
-        if found:
+        if found and line.seeds == lines["stl"].seeds:
             rows.append((METHODS[name].title, *(f"{each.mean():.2f}" for each in found)))
     return _table(rows)
 
@@ -184,7 +203,7 @@ def cost(records: Sequence[Mapping[str, Any]]) -> str:
                     f"{np.median([c['generated_tokens'] for c in asked]):.0f}" if asked else "–",
                     f"{np.median(updates):.0f}" if updates else "–",
                     f"{np.median(perplexity):.2f}",
-                    ", ".join(f"{ratio:.3f}" for ratio in sorted(perplexity_ratios(records, name))) or "–",
+                    ", ".join(f"{ratio:.3f}" for ratio in sorted(perplexity_ratios(records, name).values())) or "–",
                 )
             )
     return _table(rows)

@@ -9,6 +9,8 @@ from dcr_scale.study.methods import BASELINES, CLAIMED, METHODS, WITHOUT_STAGE_1
 # From models that refuse a few toxic prompts to models that refuse nearly all.
 SHARES = (0.15, 0.25, 0.5)
 SEEDS = (0, 1, 2)
+# Of the confirmation, which repeats what was found on prompts that no method was chosen by.
+_NEW_SEEDS = (3, 4, 5)
 # All seeds from the first; the rivals have their other seeds from the second grid, and the rest show by one seed which
 # part of the method does what.
 _REPEATED = ("stl", "dcr")
@@ -53,7 +55,7 @@ class Cell:
 def probed(cell: Cell) -> bool:
     """Whether kernel similarity is measured through this cell's stage 2, which then takes four times as long: once for
     each seed of what is claimed, but for the last of it, which differs in stage 1."""
-    return cell.method in ("stl", *CLAIMED[:-1]) and cell.share == SHARES[-1]
+    return cell.method in ("stl", *CLAIMED[:-1]) and cell.share == SHARES[-1] and cell.seed in SEEDS
 
 
 def measured(cell: Cell) -> bool:
@@ -77,6 +79,12 @@ def second_grid() -> list[Cell]:
     cells = [Cell(seed, method, share) for method in repeated for seed in SEEDS for share in SHARES]
     cells += [Cell(seed, method, share) for seed in SEEDS[1:] for method in BASELINES[1:] for share in SHARES]
     return cells + [Cell(SEEDS[0], method, share) for method in _SECOND for share in SHARES]
+
+
+def confirmation_grid() -> list[Cell]:
+    """What the other grids found best, its stage 2 alone, and STL, by seeds of their own."""
+    methods = ("stl", CLAIMED[-1], WITHOUT_STAGE_1)
+    return [Cell(seed, method, share) for seed in _NEW_SEEDS for method in methods for share in SHARES]
 
 
 def quick_grid() -> list[Cell]:

@@ -8,46 +8,49 @@ from typing import Any
 
 import numpy as np
 
-from dcr_scale.evaluation.intervals import Interval
-from dcr_scale.study.analysis import Curve, ratio
-from dcr_scale.study.methods import BASELINES, METHODS
+from dcr_scale.evaluation.intervals import Interval, mean_interval
+from dcr_scale.study.analysis import Curve, ratio, ratios_by_seed
+from dcr_scale.study.methods import BASELINES, METHODS, WITHOUT_STAGE_1
 
 # DCR is to refuse at most so much of what STL refuses among seemingly toxic prompts.
 GOAL = 0.75
 # Perplexity on held-out general answers may be higher by so much.
 _PERPLEXITY = 1.01
-Answer = tuple[str, str, str]
+# A goal, what was measured, each seed's own measure, and yes, no or open.
+Answer = tuple[str, str, str, str]
 # A method, and what its model is then: untrained, refined (after stage 1) or aligned (after stage 2).
 Moment = tuple[str, str]
 
 
 def verdict(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]], method: str = "dcr") -> list[Answer]:
-    """Goal, measured, and yes, no or open (the error bars do not decide) for each of DCR's goals.
+    """Goal, measured, the same by each seed alone, and yes, no or open for each of DCR's goals. Open: the error bars do
+    not decide, or a seed says otherwise.
 
     ``method``: the kind of DCR that they are asked of.
     """
     if method not in lines:
         return []
     dcr, stl = lines[method], lines["stl"]
-    seeming, general = ratio(dcr, stl), ratio(dcr, stl, "general")
-    answers = [
-        (
-            f"refuses at most {GOAL} of STL's seemingly toxic prompts, interval below 1",
-            shown(seeming),
-            _said(seeming, lambda r: r.estimate <= GOAL and r.high < 1),
-        ),
-        (
-            "refuses no more general prompts than STL",
-            shown(general),
-            _below_1(general),
-        ),
+
+    def compared(goal: str, theirs: Curve | None, of_class: str = "seemingly_toxic", *, at_most: float = 1.0) -> Answer:
+        found = None if theirs is None else ratio(dcr, theirs, of_class)
+        if theirs is None or found is None:
+            return goal, "–", "–", "not measured"
+        by_seed = ratios_by_seed(dcr, theirs, of_class)
+        said = "no" if found.low > 1 or found.estimate > at_most else "open" if found.high >= 1 else "yes"
+        return goal, shown(found), _ratios(by_seed), _agreed(said, [value < 1 for value in by_seed])
+
+    others = [*BASELINES[1:], *([WITHOUT_STAGE_1] if METHODS[method].on_top else [])]
+    return [
+        compared(f"refuses at most {GOAL} of STL's seemingly toxic prompts, interval below 1", stl, at_most=GOAL),
+        compared("refuses no more general prompts than STL", stl, "general"),
         _perplexity(records, method),
+        *(
+            compared(f"refuses fewer seemingly toxic prompts than {METHODS[name].title}", lines.get(name))
+            for name in others
+        ),
+        *_kernel(records, method),
     ]
-    for name in BASELINES[1:]:
-        found = ratio(dcr, lines[name]) if name in lines else None
-        goal = f"refuses fewer seemingly toxic prompts than {METHODS[name].title}"
-        answers.append((goal, shown(found), _below_1(found)))
-    return [*answers, *_kernel(records, method)]
 
 
 def shown(interval: Interval | None) -> str:
@@ -58,40 +61,57 @@ def shown(interval: Interval | None) -> str:
     return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]{behind}"
 
 
-def _said(found: Interval | None, holds: Any) -> str:
-    return "not measured" if found is None else "yes" if holds(found) else "no"
+def _ratios(by_seed: Sequence[float], digits: int = 2) -> str:
+    """Each seed's ratio, and the t interval of their geometric mean."""
+    each = ", ".join("–" if np.isnan(value) else f"{value:.{digits}f}" for value in by_seed)
+    if len(by_seed) < 2 or not all(value > 0 for value in by_seed):
+        return each
+    logs = mean_interval([float(np.log(value)) for value in by_seed])
+    return f"{each}: [{np.exp(logs.low):.{digits}f}, {np.exp(logs.high):.{digits}f}]"
 
 
-def _below_1(found: Interval | None) -> str:
-    return "open" if found and found.low <= 1 <= found.high else _said(found, lambda r: r.high < 1)
+def _agreed(said: str, each: Sequence[bool]) -> str:
+    """What all seeds together say, open where it is yes and not every seed by itself says so."""
+    return "open" if said == "yes" and not all(each) else said
 
 
-def perplexity_ratios(records: Sequence[Mapping[str, Any]], method: str) -> list[float]:
-    """Of a method's models to STL's, each pair of one share and seed."""
-    found: dict[str, dict[tuple[float, int], float]] = {method: {}, "stl": {}}
+def perplexity_ratios(records: Sequence[Mapping[str, Any]], method: str) -> dict[tuple[int, float], float]:
+    """Of a method's models to STL's, each pair of one seed and share, by those."""
+    found: dict[str, dict[tuple[int, float], float]] = {method: {}, "stl": {}}
     for record in records:
         cell = record["cell"]
-        found.get(cell["method"], {})[cell["share"], cell["seed"]] = record["perplexity"]["estimate"]
-    return [found[method][key] / found["stl"][key] for key in found[method].keys() & found["stl"].keys()]
+        found.get(cell["method"], {})[cell["seed"], cell["share"]] = record["perplexity"]["estimate"]
+    return {key: found[method][key] / found["stl"][key] for key in sorted(found[method].keys() & found["stl"].keys())}
 
 
 def _perplexity(records: Sequence[Mapping[str, Any]], method: str) -> Answer:
     ratios = perplexity_ratios(records, method)
     goal = f"perplexity at most {_PERPLEXITY} times STL's"
     if not ratios:
-        return goal, "–", "not measured"
-    mean = float(np.exp(np.mean(np.log(ratios))))
-    measured = f"{mean:.3f} (of {len(ratios)} models: {min(ratios):.3f} … {max(ratios):.3f})"
-    return goal, measured, "yes" if mean <= _PERPLEXITY else "no"
+        return goal, "–", "–", "not measured"
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.exp(np.mean(np.log(values))))
+
+    whole = mean(list(ratios.values()))
+    seeds = sorted({seed for seed, _ in ratios})
+    by_seed = [mean([value for (of, _), value in ratios.items() if of == seed]) for seed in seeds]
+    measured = f"{whole:.3f} (of {len(ratios)} models: {min(ratios.values()):.3f} … {max(ratios.values()):.3f})"
+    said = _agreed("yes" if whole <= _PERPLEXITY else "no", [value <= _PERPLEXITY for value in by_seed])
+    return goal, measured, _ratios(by_seed, 3), said
 
 
 def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:
     def change(goal: str, before: Moment, after: Moment, *, falls: bool) -> Answer:
         found = kernel_change(records, before, after)
         if found is None:
-            return goal, "–", "not measured"
+            return goal, "–", "–", "not measured"
         said = "open" if abs(found.mean) <= 2 * found.error else "yes" if (found.mean < 0) == falls else "no"
-        return goal, str(found), said
+        by_seed = ", ".join(f"{value:+.2f}" for value in found.by_seed)
+        if len(found.by_seed) > 1:
+            spread = mean_interval(found.by_seed)
+            by_seed += f": [{spread.low:+.2f}, {spread.high:+.2f}]"
+        return goal, str(found), by_seed, _agreed(said, [(value < 0) == falls for value in found.by_seed])
 
     untrained, refined, aligned = (method, "untrained"), (method, "refined"), (method, "aligned")
     stl = "stl", "aligned"
@@ -105,17 +125,18 @@ def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:
 
 @dataclass(frozen=True)
 class Change:
-    """A mean over pairs of prompts, those of each seed at each share of refusals, and its standard error."""
+    """A mean over pairs of prompts, those of each seed at each share of refusals; its standard error as if other seeds
+    trained the same models; and each seed's own mean, which shows what they do."""
 
     mean: float
     error: float
     pairs: int
     shares: int
-    seeds: int
+    by_seed: tuple[float, ...]
 
     def __str__(self) -> str:
         shares = f" at {self.shares} shares" if self.shares > 1 else ""
-        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        seeds = f"{len(self.by_seed)} seed{'s' if len(self.by_seed) > 1 else ''}"
         return f"{self.mean:+.3f} ± {self.error:.3f} ({self.pairs} pairs{shares}, {seeds})"
 
 
@@ -142,8 +163,9 @@ def kernel_change(records: Sequence[Mapping[str, Any]], before: Moment, after: M
     correction = len(residuals) / (len(residuals) - 1)
     error = float(np.sqrt(correction * sum(value**2 for value in residuals.values()))) / len(changes)
     pairs = {(seed, family) for seed, _, family in changes}
-    shares, seeds = {share for _, share, _ in changes}, {seed for seed, _, _ in changes}
-    return Change(mean, error, len(pairs), len(shares), len(seeds))
+    seeds = sorted({seed for seed, _, _ in changes})
+    by_seed = (float(np.mean([change for (of, _, _), change in changes.items() if of == seed])) for seed in seeds)
+    return Change(mean, error, len(pairs), len({share for _, share, _ in changes}), tuple(by_seed))
 
 
 def _by_family(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from dcr_scale.evaluation.intervals import area_interval, area_under_roc, bootstrap, wilson
+from dcr_scale.evaluation.intervals import area_interval, area_under_roc, bootstrap, mean_interval, wilson
 
 Z = 1.959963984540054
 
@@ -78,6 +78,22 @@ def test_seeds_count_as_well_as_prompts() -> None:
     rates = np.repeat([[0.1], [0.3], [0.5]], 1000, axis=1)
     found = bootstrap(lambda at: rates[np.ix_(at["seed"], at["prompt"])].mean(), {"seed": 3, "prompt": 1000})
     assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.5))
+
+
+def test_three_values_are_too_few_to_be_resampled() -> None:
+    """Student's t covers their mean as often as it claims; a bootstrap cannot reach past the least and the greatest."""
+    generator = np.random.default_rng(0)
+    covered = {"t": 0, "bootstrap": 0}
+    for values in generator.normal(size=(400, 3)):
+        t = mean_interval(values)
+        resampled = bootstrap(lambda at, of=values: of[at["value"]].mean(), {"value": 3}, draws=200)
+        assert values.min() - 1e-12 <= resampled.low and resampled.high <= values.max() + 1e-12
+        covered["t"] += t.low <= 0 <= t.high
+        covered["bootstrap"] += resampled.low <= 0 <= resampled.high
+    assert 0.92 * 400 <= covered["t"] <= 0.98 * 400
+    assert covered["bootstrap"] < 0.85 * 400
+    with pytest.raises(ValueError, match="no spread"):
+        mean_interval([1.0])
 
 
 def test_ratios_say_what_is_infinite_and_what_undefined() -> None:

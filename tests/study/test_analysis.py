@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dcr_scale.evaluation.intervals import bootstrap
-from dcr_scale.study.analysis import Curve, common_defence, curves, ratio
+from dcr_scale.study.analysis import Curve, common_defence, curves, ratio, ratios_by_seed
 from dcr_scale.study.verdict import shown
 
 CLASSES = {"asked": "seemingly_toxic", "attack": "toxic", "plain": "general"}
@@ -78,11 +78,15 @@ def test_seeds_are_compared_with_themselves() -> None:
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
+    """And each is told by itself."""
     stl = line("stl", [(0.2, 0.2), (0.8, 0.8)], seeds=3)
     agreeing = line("dcr", [(0.2, 0.1), (0.8, 0.4)], seeds=3)
     lines = [line("dcr", [(0.2, 0.2 * by), (0.8, 0.8 * by)]) for by in (0.2, 0.5, 0.8)]
     refused = {name: np.concatenate([one.refused[name] for one in lines]) for name in CLASSES}
-    narrow, wide = ratio(agreeing, stl, draws=300), ratio(replace(agreeing, refused=refused), stl, draws=300)
+    disagreeing = replace(agreeing, refused=refused)
+    assert ratios_by_seed(disagreeing, stl) == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
+    assert ratios_by_seed(disagreeing.of_seeds([1, 2]), stl) == pytest.approx([0.5, 0.8], abs=0.01)
+    narrow, wide = ratio(agreeing, stl, draws=300), ratio(disagreeing, stl, draws=300)
     assert narrow.estimate == pytest.approx(wide.estimate, abs=0.01)
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from dcr_scale.evaluation.suites import Class, SuitePrompt
 from dcr_scale.study import command, document, pictures
 from dcr_scale.study.cell import Study, judge_digest
 from dcr_scale.study.data import StudyData, builtin_data
-from dcr_scale.study.grid import Cell, first_grid, quick_grid, second_grid
+from dcr_scale.study.grid import Cell, confirmation_grid, first_grid, probed, quick_grid, second_grid
 from dcr_scale.study.heldout_kernel import heldout_pairs
 from dcr_scale.study.methods import CLAIMED, METHODS
 from dcr_scale.study.verdict import _kernel, kernel_change
@@ -106,8 +108,71 @@ def test_a_cell_leaves_a_record_and_shares_stage_1(
         changed.run(cells[0])
     stl = Cell(0, "stl", 0.5)
     assert changed.made_by(stl) == study.made_by(stl), "stage 1 is nothing to STL"
-    elsewhere = replace(study.data, general=[{"path": "/elsewhere/general.jsonl"}])
-    assert replace(study, data=elsewhere).made_by(stl) == study.made_by(stl), "where a file lies does not matter"
+
+
+def test_a_record_is_of_its_settings_and_files(study: Study, tmp_path: Path) -> None:
+    """Where files lie does not matter; what they hold does, and so does whatever reads or splits them."""
+    stl = Cell(0, "stl", 0.5)
+    elsewhere = tmp_path / "elsewhere" / "general.jsonl"
+    elsewhere.parent.mkdir()
+    shutil.copy(tmp_path / "general.jsonl", elsewhere)
+    moved = replace(study, data=replace(study.data, general=[{"path": str(elsewhere)}]))
+    assert moved.made_by(stl) == study.made_by(stl)
+    elsewhere.write_text(elsewhere.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert moved.made_by(stl) != study.made_by(stl)
+    for section, key, value in (("data", "heldout", 0.3), ("engine", "precision", "bf16"), ("probe", "rank", 3)):
+        other = copy.deepcopy(study.base)
+        setattr(getattr(other, section), key, value)
+        assert replace(study, base=other).made_by(stl) != study.made_by(stl), key
+    assert replace(study, kernel_pairs=3).made_by(stl) != study.made_by(stl), "of what is measured"
+
+
+def test_answered_prompts_come_on_top(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two answered prompts beside eight other examples, of which the share of refusals is."""
+    asked: list[list[str]] = []
+    taught: list[tuple[float, list[dict]]] = []
+
+    def answers(model: Any, encoder: Any, prompts: list[str], **_: Any) -> list[dict[str, str]]:
+        asked.append(prompts)
+        return [{"prompt": prompt, "response": "Gladly."} for prompt in prompts]
+
+    def counted(config: Config) -> dict:
+        if config.align is not None:
+            taught.append(
+                (config.align.answered_share, [row for s in config.data.answered for row in rows(Path(s.path))])
+            )
+        return pipeline.run(config)
+
+    monkeypatch.setattr("dcr_scale.study.cell.own_answers", answers)
+    monkeypatch.setattr("dcr_scale.study.cell.run", counted)
+    small = replace(METHODS["stl_aug_on_top"], align={"examples": 10}, answered=2)
+    monkeypatch.setitem(METHODS, "stl_aug_on_top", small)
+    record = study.run(Cell(0, "stl_aug_on_top", 0.5))
+    assert (record["align"]["examples"], record["align"]["refusals"]) == (10, 4)
+    assert "refine" not in record and "kernel" not in record
+    assert [share for share, _ in taught] == [0.2]
+    assert [row["prompt"] for row in taught[0][1]] == asked[0][:2]
+    harmless = {row["prompt"] for row in contrast_rows() if row["label"] == "seemingly_toxic"}
+    assert len(asked[0]) == 4 and set(asked[0]) <= harmless
+
+
+def test_steering_is_done_to_the_model_of_plain_safety_tuning(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STL's checkpoint serves it, what STL's probe saw is not its own, and a new judge reads the answers that are kept
+    without training, steering or asking again."""
+    cells = [Cell(0, "stl", 0.25), Cell(0, "scans", 0.25)]
+    plain, steered = (study.run(cell) for cell in cells)
+    assert steered["weights"] == plain["weights"] and steered["align"] == plain["align"]
+    assert steered["probe"] == {} and steered["perplexity"] != plain["perplexity"]
+    assert study.finished(cells[1]) == steered
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is asked or trained again")
+
+    monkeypatch.setattr("dcr_scale.study.cell.judge_digest", lambda: "of another judge")
+    for name in ("run", "evaluate_suites", "baseline_command.run"):
+        monkeypatch.setattr(f"dcr_scale.study.cell.{name}", never)
+    assert study.finished(cells[1]) is None
+    assert study.run(cells[1]) == {**steered, "judge": "of another judge"}
 
 
 def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
@@ -123,6 +188,7 @@ def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
 
     return {
         "cell": {"method": method, "share": share, "seed": 0},
+        "judge": judge_digest(),
         "suites": {"harmless": verdicts(harmless), "harmful": verdicts(toxic), "plain": verdicts(0)},
         "seconds": {"align": 60.0, "judge": 30.0, "cell": 90.0},
         "probe": {},
@@ -149,24 +215,36 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
     page = tmp_path / "study.md"
     names = (
         "verdict", "comparison", "along", "rivals", "points", "suites", "cost", "failures", "moments", "kernel",
-        "setting",
+        "setting", "confirmation",
     )  # fmt: skip
     page.write_text("# Words\n" + "".join(f"<!-- study:{n} -->\nstale\n<!-- /study:{n} -->\n" for n in names))
     table = document.write(records, page)
     text = page.read_text(encoding="utf-8")
-    assert "stale" not in text and "# Words" in text
+    assert text.count("stale") == 1 and "# Words" in text, "all but the confirmation"
     assert table in text
     # Between one refusal in three and all, STL's line has the mean 2/3 and DCR's 1/6.
     assert "| DCR | 1 | 0.25 [" in table and "0.33 … 1.00" in table
     assert re.search(r"\| STL \| 1 \| 0.25 \[.* \| 0.33 … 1.00 \|", text), "DCR by STL is the same"
-    assert re.search(r"at most 0.75 of STL's .* \| 0.25 \[.*\] \| (yes|no) \|", text)
-    assert "fewer seemingly toxic prompts than SCANS | – | not measured |" in text
+    assert re.search(r"at most 0.75 of STL's .* \| 0.25 \[.*\] \| 0.25 \| (yes|open) \|", text)
+    assert "fewer seemingly toxic prompts than SCANS | – | – | not measured |" in text
     assert (tmp_path / "pictures" / "study_trade_off.png").read_bytes().startswith(b"\x89PNG")
     assert text == document.filled(text, {}), "blocks stay where they are"
+    document.confirm(records, page)
+    assert page.read_text(encoding="utf-8") == text.replace("stale", _block(page, "confirmation"))
+    assert table in _block(page, "confirmation")
+
+    (records / "dcr_share50_seed0.json").write_text(json.dumps({**made_up("dcr", 0.5, 3, 1), "judge": "another"}))
+    with pytest.raises(UserError, match="1 records are by another judge"):
+        document.write(records, page)
+    (records / "dcr_share50_seed0.json").write_text(json.dumps(made_up("dcr", 0.5, 3, 1)))
 
     page.write_text("nothing to fill")
     with pytest.raises(UserError, match="has no block"):
         document.write(records, page)
+
+
+def _block(page: Path, name: str) -> str:
+    return page.read_text(encoding="utf-8").split(f"<!-- study:{name} -->\n")[1].split(f"\n<!-- /study:{name}")[0]
 
 
 def kernel_record(method: str, seed: int = 0, share: float = 0.5, **moments: list[float | None]) -> dict:
@@ -185,11 +263,24 @@ def test_the_verdict_says_what_the_error_bars_decide() -> None:
     not_probed = {"cell": {"method": "dcr", "share": 0.25, "seed": 0}}
     stl_record = kernel_record("stl", untrained=before, aligned=[0.8, 0.91, 1.0, 0.3])
     fallen, stayed, below, stl = _kernel([dcr, not_probed, stl_record], "dcr")
-    assert fallen[1:] == ("-0.297 ± 0.003 (3 pairs, 1 seed)", "yes")
-    assert stayed[2] == "open"
-    assert below[1:] == ("-0.152 ± 0.088 (4 pairs, 1 seed)", "open")
-    assert stl[1:] == ("+0.103 ± 0.003 (3 pairs, 1 seed)", "yes")
-    assert [said for _, _, said in _kernel([], "dcr")] == ["not measured"] * 4
+    assert fallen[1:] == ("-0.297 ± 0.003 (3 pairs, 1 seed)", "-0.30", "yes")
+    assert stayed[3] == "open"
+    assert below[1:] == ("-0.152 ± 0.088 (4 pairs, 1 seed)", "-0.15", "open")
+    assert stl[1:] == ("+0.103 ± 0.003 (3 pairs, 1 seed)", "+0.10", "yes")
+    assert [answer[3] for answer in _kernel([], "dcr")] == ["not measured"] * 4
+
+
+def test_a_seed_that_says_otherwise_leaves_it_open() -> None:
+    """Two seeds fall by .3 and one rises by .05: the pairs' error bar says yes, the seeds do not."""
+    before, lower, higher = [0.7, 0.8, 0.9, 0.5], [0.4, 0.51, 0.6, 0.2], [0.75, 0.85, 0.96, 0.55]
+    records = [
+        kernel_record("dcr", seed, untrained=before, refined=after) for seed, after in enumerate((lower, lower, higher))
+    ]
+    fallen = _kernel(records, "dcr")[0]
+    assert fallen[1].startswith("-0.181 ± 0.00")
+    # t(2 degrees, 95 %) = 4.303, and the seeds' standard deviation is .2
+    assert fallen[2:] == ("-0.30, -0.30, +0.05: [-0.68, +0.32]", "open")
+    assert _kernel(records[:2], "dcr")[0][3] == "yes"
 
 
 def test_a_family_that_two_seeds_share_counts_once() -> None:
@@ -198,7 +289,7 @@ def test_a_family_that_two_seeds_share_counts_once() -> None:
     once = kernel_change([kernel_record("dcr", **moments)], ("dcr", "untrained"), ("dcr", "refined"))
     records = [kernel_record("dcr", seed, **moments) for seed in (0, 1)]
     twice = kernel_change(records, ("dcr", "untrained"), ("dcr", "refined"))
-    assert (twice.pairs, twice.seeds) == (8, 2)
+    assert twice.pairs == 8 and twice.by_seed == pytest.approx((once.mean, once.mean))
     assert twice.mean == pytest.approx(once.mean) and twice.error == pytest.approx(once.error)
     assert once.error == pytest.approx(np.std([0.3, 0.2, 0.1, 0.4], ddof=1) / 2)
 
@@ -233,6 +324,18 @@ def test_a_study_of_our_own_prompts_leaves_out_what_needs_others(study: Study) -
     assert trained and not trained & {prompt.text for prompts in own.suites.values() for prompt in prompts}
 
 
+def test_a_suite_of_training_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study would say how well models recite."""
+    general = general_rows()
+    mine = builtin_data(tmp_path, 4)
+    path = str(write_jsonl(tmp_path / "more.jsonl", [*general, {"prompt": SUITES["plain"][0].text, "response": "A."}]))
+    monkeypatch.setattr(command, "builtin_data", lambda *_: replace(mine, general=[{"path": path}], suites=SUITES))
+    with pytest.raises(UserError, match=r"plain: 1 of 3 prompts were trained on \(1 in stage 2\)"):
+        command.open_study("configs/study.yaml", tmp_path, tmp_path, tmp_path / "none", "quick")
+    with pytest.raises(UserError, match="too few for a confirmation"):
+        command.open_study("configs/study.yaml", tmp_path, tmp_path, tmp_path / "none", "confirmation")
+
+
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -248,6 +351,12 @@ def test_the_grids() -> None:
     first = first_grid()
     assert len(first) == len(set(first)) == 36
     assert {cell.method for cell in [*first, *second_grid()]} == set(METHODS)
+    new = confirmation_grid()
+    assert not {cell.seed for cell in new} & {cell.seed for cell in [*first, *second_grid()]}
+    assert not any(probed(cell) for cell in new) and command.cell_named(new[0].name) == new[0]
+    assert command.kind_of(["second", "first"]) == "study"
+    with pytest.raises(UserError, match="give one alone"):
+        command.kind_of(["first", "confirmation"])
     assert set(quick_grid()) < set(first)
     assert {command.cell_named(cell.name) for cell in first} == set(first)
 
