@@ -97,6 +97,7 @@ class Capture:
 
     # --- passes ------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()  # measured under no_grad, gradients would all be zero
     def run(
         self, sink: Sink, layout: TokenLayout, inputs: dict[str, Any], *cotangents_BD: Tensor
     ) -> tuple[Tensor, Tensor]:

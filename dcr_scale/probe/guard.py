@@ -44,6 +44,8 @@ def check_between_updates(engine: Any) -> None:
 
 def check_ready(model: nn.Module) -> None:
     """Raise ValueError, naming the module, for a model whose passes would be random or could not be watched."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, which records no gradients; measure outside of it")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(

@@ -69,6 +69,19 @@ def test_dropout_left_on():
     KernelProbe(model.eval()).measure(PROMPTS_A)
 
 
+def test_where_gradients_are_off_they_are_taken_all_the_same():
+    probe = KernelProbe(toy_model("llama"))
+    expected = probe.measure(PROMPTS_A)
+    with torch.no_grad():
+        assert torch.equal(probe.measure(PROMPTS_A).squared, expected.squared)
+        assert not torch.is_grad_enabled()
+
+
+def test_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch\.inference_mode\(\) is on"):
+        KernelProbe(toy_model("llama")).measure(PROMPTS_A)
+
+
 def test_reentrant_checkpointing():
     model = toy_model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
