@@ -112,6 +112,7 @@ class Capture:
             The final hidden states at the rows' last tokens, float32 [B, D], and the model's logits.
         """
         self._sink, self._layout = sink, layout
+        self._seen.clear()
         logits = self.model(**inputs).logits
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
         self._hidden = None

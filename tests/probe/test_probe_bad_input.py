@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rank_pool import RankPool
 from toy import toy_tokenizer
 from toy_models import PROMPTS_A, PROMPTS_B, toy_model, zero3
@@ -113,6 +114,14 @@ def test_a_weight_that_takes_no_part_is_named():
     model.model.layers[1].mlp.extra = torch.nn.Linear(16, 16)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.extra\.weight: its Linear took part .* not at all"):
         KernelProbe(model).measure(PROMPTS_A)
+
+
+def test_adapters_that_have_been_switched_off_since_are_named():
+    model = get_peft_model(toy_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    probe = KernelProbe(model, parameters="trainable")
+    probe.measure(PROMPTS_A)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.lora_A.* not at all"):
+        probe.measure(PROMPTS_A)
 
 
 def test_packed_prompts_keep_the_attention_that_the_model_was_loaded_with():
