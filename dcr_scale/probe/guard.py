@@ -12,6 +12,9 @@ from torch import nn
 from dcr_scale.models import attention
 from dcr_scale.probe.capture import checkpointed_layers
 
+# What models in transformers do to their head's product with the final hidden state, as their configurations say it.
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 _OURS = (attention.FLASH_ATTN, attention.TORCH_VARLEN, attention.SDPA)
 
 
@@ -46,6 +49,15 @@ def check_ready(model: nn.Module) -> None:
     """Raise ValueError, naming the module, for a model whose passes would be random or could not be watched."""
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, which records no gradients; measure outside of it")
+    text = model.config.get_text_config()
+    for name in (*_LOGIT_CAPS, *_LOGIT_SCALES):
+        value = getattr(text, name, None)
+        # The passes' own comparison finds no mild one in bfloat16.
+        if value is not None and (name in _LOGIT_CAPS or value != 1):
+            raise ValueError(
+                f"{name}={value} in the model's configuration: its logits are capped or scaled, and no longer its "
+                "head's product with the final hidden state"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(

@@ -90,14 +90,23 @@ def test_reentrant_checkpointing():
         KernelProbe(model).measure(PROMPTS_A)
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
-def test_capped_logits(exact):
+def test_capped_logits():
+    """Also where the cap bends them by less than bfloat16 rounds."""
     model = AutoModelForCausalLM.from_config(
         Gemma2Config(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, final_logit_softcapping=0.5,
-        )
+            num_key_value_heads=2, head_dim=4, final_logit_softcapping=30.0,
+        ),
+        dtype=torch.bfloat16,
     ).eval()  # fmt: skip
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 .* capped or scaled"):
+        KernelProbe(model).measure(PROMPTS_A)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+def test_scaled_logits_that_no_setting_tells_of(exact):
+    model = toy_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: 1.1 * output)
     with pytest.raises(ValueError, match="capped or scaled"):
         KernelProbe(model).measure(PROMPTS_A, exact=exact)
 
