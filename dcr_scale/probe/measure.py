@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -222,7 +223,7 @@ class KernelProbe:
         )  # fmt: skip
 
     def _encode(self, prompts: Prompts, what: str) -> list[tuple[int, ...]]:
-        if isinstance(prompts, str) or not len(prompts):
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
             raise ValueError(f"{what} must be a list of prompts, at least one; it is {prompts!r}")
         vocabulary = shape_of(self._model.get_input_embeddings().weight)[0]
         encoded = []
@@ -231,9 +232,12 @@ class KernelProbe:
                 if self._encoder is None:
                     raise ValueError(f"{what}[{i}] is text: give the probe a tokenizer, or prompts as token ids")
                 prompt = self._encoder.encode(prompt)
-            if not len(prompt):
+            try:
+                encoded.append(tuple(index(token) for token in prompt))
+            except TypeError as error:
+                raise ValueError(f"{what}[{i}] is neither text nor a list of token ids: {error}") from error
+            if not encoded[-1]:
                 raise ValueError(f"{what}[{i}] has no tokens")
-            encoded.append(tuple(int(token) for token in prompt))
             wrong = next((token for token in encoded[-1] if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise ValueError(f"{what}[{i}] has the token {wrong}, and the model has {vocabulary}")

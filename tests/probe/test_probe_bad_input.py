@@ -52,7 +52,10 @@ def test_trainable_of_a_frozen_model():
     [
         ([], "prompts_a must be a list of prompts, at least one"),
         ("one string", "prompts_a must be a list of prompts"),
+        (7, "prompts_a must be a list of prompts, at least one; it is 7"),
         ([[1, 2], []], r"prompts_a\[1\] has no tokens"),
+        ([1, 2, 3], r"prompts_a\[0\] is neither text nor a list of token ids: 'int' object is not iterable"),
+        ([[1, 2], [1.7, 2]], r"prompts_a\[1\] is neither text nor a list of token ids: 'float' object"),
         (["text"], r"prompts_a\[0\] is text: give the probe a tokenizer"),
         ([[1, 2], [3, 40]], r"prompts_a\[1\] has the token 40, and the model has 40"),
     ],
@@ -223,6 +226,8 @@ def faulty_measurement(fault: str, exact: bool) -> str:
         prompts = ["one", "two"]
     elif fault == "unknown token" and has_it:
         prompts = [*prompts, [40]]
+    elif fault == "no list" and has_it:
+        prompts = [*prompts, 7]
     elif fault == "nan" and has_it:
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
@@ -244,6 +249,7 @@ FAULTS = {
     "no tokens": r"^prompts_a\[2\] has no tokens$",
     "template": "^the tokenizer's chat template failed: no such role",
     "unknown token": r"^prompts_a\[5\] has the token 40, and the model has 40$",
+    "no list": r"^prompts_a\[5\] is neither text nor a list of token ids: 'int' object is not iterable$",
     "nan": r"^model\.layers\.2\.mlp\.down_proj\.weight: .* not finite$",
     "selects tokens": r"^model\.layers\.1\.mlp\.up_proj\.weight: met \d+ rows where the micro-batch has \d+ tokens",
     "folds heads": r"^model\.layers\.1\.post_attention_layernorm\.norm\.weight: met values of shape \[\d+, 1, 16\]",
