@@ -33,11 +33,15 @@ def check_between_updates(engine: Any) -> None:
             f"the engine has taken {engine.micro_steps % steps} of the {steps} micro-steps of an update; measure "
             "between updates"
         )
-    # Micro-steps are counted in step(), and not at all where the caller sets the boundary. ZeRO itself knows more: the
-    # flag is up from the end of a backward pass to the next forward pass or update, when micro_step_id goes up or back
-    # to its start. Without ZeRO, gradients stay where autograd puts them.
+    # Micro-steps are counted in step(), and not at all where the caller sets the boundary. ZeRO itself knows more.
+    # Stage 3's flag is up from the end of a backward pass to the next forward pass or update, when micro_step_id goes
+    # up from 0 or back to it. In stages 1 and 2 an update leaves the flag up, but puts micro_step_id back to −1, from
+    # which every backward pass raises it. Without ZeRO, gradients stay where autograd puts them.
     optimizer = engine.optimizer
-    reduced = getattr(optimizer, "_epilogue_ran_this_backward", False) or getattr(optimizer, "micro_step_id", 0) > 0
+    if engine.zero_optimization_stage() == 3:
+        reduced = getattr(optimizer, "_epilogue_ran_this_backward", False) or getattr(optimizer, "micro_step_id", 0) > 0
+    else:
+        reduced = getattr(optimizer, "micro_step_id", -1) >= 0
     if reduced or any(parameter.grad is not None for parameter in engine.module.parameters()):
         raise ValueError(
             "the engine holds gradients of an update that it has not made; measure between updates: after step(), "

@@ -275,7 +275,7 @@ def test_fewer_prompts_than_ranks(ranks: RankPool):
     assert told == ["1 different prompts are fewer than the 2 ranks"] * 2
 
 
-# --- under ZeRO-3 ----------------------------------------------------------------------------------------------------
+# --- under ZeRO ------------------------------------------------------------------------------------------------------
 
 
 def told(engine) -> str:
@@ -291,9 +291,10 @@ def accumulate(engine) -> None:
     engine.backward(engine(input_ids=ids, labels=ids).loss)
 
 
-def measured_between_micro_steps() -> list[str]:
+def measured_between_micro_steps(stage: int) -> list[str]:
     """Attempts at every point of an update of two micro-steps, and at the same where the caller sets the boundary."""
-    engine = zero3(toy_model("llama"), gradient_accumulation_steps=2)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 20}
+    engine = zero3(toy_model("llama"), gradient_accumulation_steps=2, zero_optimization=zero)
     attempts = [told(engine)]
     for _ in range(2):
         accumulate(engine)
@@ -301,7 +302,7 @@ def measured_between_micro_steps() -> list[str]:
         engine.step()
         attempts.append(told(engine))
     engine.destroy()
-    engine = zero3(toy_model("llama"))
+    engine = zero3(toy_model("llama"), zero_optimization=zero)
     engine.set_gradient_accumulation_boundary(False)
     accumulate(engine)
     engine.step()
@@ -323,8 +324,9 @@ def measured_between_micro_steps() -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_engine_in_the_middle_of_an_accumulation(ranks: RankPool):
-    attempts = ranks.run(measured_between_micro_steps, world_size=2, timeout=SECONDS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_in_the_middle_of_an_accumulation(ranks: RankPool, stage: int):
+    attempts = ranks.run(measured_between_micro_steps, stage, world_size=2, timeout=SECONDS)
     assert attempts[0] == attempts[1]
     begun = "the engine has taken 1 of the 2 micro-steps of an update"
     holds = "the engine holds gradients of an update that it has not made"
