@@ -12,7 +12,7 @@ Shape suffixes: B rows of the micro-batch (a prompt under one output probe each)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
@@ -73,7 +73,7 @@ class Capture:
         self._sums: list[tuple[str, Tensor]] = []
         self._seen: set[str] = set()
         # Recomputed inputs of element-wise modules that wait for their gradient, and the other way round.
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, dict[str, Tensor]] = {}
         self._inputs = SharedInputs()
         self._products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "linear"}
         self._routed_products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "experts"}
@@ -195,24 +195,26 @@ class Capture:
 
         def receive(delta: Tensor) -> None:
             if kept is None:
-                self._meet(module, delta, lambda x: self._vector_gradient(module, x, delta))
+                self._meet(module, delta=delta)
             else:
                 self._vector_gradient(module, kept, delta)
 
         output.register_hook(receive)
 
     def _vector_recomputed(self, module: nn.Module, x: Tensor) -> None:
-        x = x.detach()
         if self._backward:
-            self._meet(module, x, lambda delta: self._vector_gradient(module, x, delta))
+            self._meet(module, x=x.detach())
 
-    def _meet(self, module: nn.Module, mine: Tensor, other_came: Callable[[Tensor], None]) -> None:
+    def _meet(self, module: nn.Module, **one: Tensor) -> None:
         """A recomputed input can come before the gradient or after it: the second of the two goes on."""
-        other = self._waiting.pop(id(module), None)
-        if other is None:
-            self._waiting[id(module)] = mine
+        other = self._waiting.pop(id(module), {})
+        if other.keys() == one.keys():
+            name = self._vectors[id(module)][0][0].name
+            self._fail(f"{name}: used twice in a layer that is recomputed, and no rule tells its inputs apart")
+        elif other:
+            self._vector_gradient(module, **one, **other)
         else:
-            other_came(other)
+            self._waiting[id(module)] = one
 
     @torch.no_grad()
     def _vector_gradient(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
