@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dcr_scale.models.trunk import decoder_layers
+from dcr_scale.probe.experts import run_experts
 from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.shared_inputs import SharedInputs
 from dcr_scale.probe.units import Factor, Inventory, Unit, elementwise_factors, is_experts, lookup_scale, shape_of
@@ -157,6 +159,12 @@ class Capture:
         if what is not None:
             self._sums.append((unit.name, what.sum(dtype=torch.float32)))
 
+    def _note_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        """Between the weights that count, numbers can go wrong as well."""
+        if not self._backward:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            self._sums.append((name, hidden.detach().sum(dtype=torch.float32)))
+
     # --- what comes by -----------------------------------------------------------------------------------------
 
     def _linear(self, unit: Unit, x: Tensor, output: Tensor) -> None:
@@ -172,6 +180,7 @@ class Capture:
         self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
+            self._note(unit, delta)
             self._sink.product(unit, kept, delta.reshape(rows, -1), None)
 
         output.register_hook(receive)
@@ -182,6 +191,7 @@ class Capture:
         self._begin_at(output_MD)
 
         def receive(delta_MD: Tensor) -> None:
+            self._note(unit, delta_MD)
             self._sink.product(unit, kept, delta_MD, routing)
 
         output_MD.register_hook(receive)
@@ -307,8 +317,12 @@ class Capture:
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             self._vector_output(module, _first(args, kwargs), output)
 
-        stack.callback(self.model.get_decoder().register_forward_hook(final).remove)
-        for module in self.model.modules():
+        decoder = self.model.get_decoder()
+        stack.callback(decoder.register_forward_hook(final).remove)
+        stations = {id(module) for module in (*decoder_layers(self.model), decoder)}
+        for name, module in self.model.named_modules():
+            if id(module) in stations or isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(partial(self._note_output, name)).remove)
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(self._embedded).remove)
             if id(module) in self._vectors:
@@ -356,30 +370,14 @@ class Capture:
             stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
             config._experts_implementation = _EXPERTS
 
-    def experts_forward(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """An experts module's forward pass, one expert after another, rows sorted by expert."""
-        routing = Routing.of(index_TK, module.num_experts)
-
-        def apply(key: str, x_MD: Tensor) -> Tensor:
-            weight, bias = getattr(module, key), getattr(module, f"{key}_bias", None)
-            pieces = []
-            for expert, start, stop in routing.spans:
-                matrix = weight[expert].T if module.is_transposed else weight[expert]
-                pieces.append(F.linear(x_MD[start:stop], matrix, None if bias is None else bias[expert]))
-            output_MD = torch.cat(pieces)
-            unit = self._routed_products.get(id(weight))
-            if unit is not None and not self._backward:
-                self._routed(unit, x_MD, output_MD, routing)
-            return output_MD
-
-        inner = apply("gate_up_proj" if module.has_gate else "up_proj", hidden_TD[routing.tokens])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = apply("down_proj", inner) * weights_TK.reshape(-1)[routing.order, None]
-        return outer[routing.inverse].view(*index_TK.shape, -1).sum(dim=1).to(hidden_TD.dtype)
+    def experts_product(self, weight: Tensor, x_MD: Tensor, output_MD: Tensor, routing: Routing) -> None:
+        unit = self._routed_products.get(id(weight))
+        if unit is not None and not self._backward:
+            self._routed(unit, x_MD, output_MD, routing)
 
 
 def _experts_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return _active.experts_forward(module, hidden, index, weights)
+    return run_experts(module, hidden, index, weights, _active.experts_product)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)

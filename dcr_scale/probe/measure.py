@@ -200,6 +200,7 @@ class KernelProbe:
             check_between_updates(self._engine)
             check_ready(self._model)
         head = Head(self._inventory, self.seed, self.output_probes)
+        agree(head.failure)
         kernel = self._exact if exact else self._sketched
         with (
             borrowed(self._model, self.packed, head.dtype),

@@ -136,6 +136,41 @@ def test_adapters_that_have_been_switched_off_since_are_named():
         probe.measure(PROMPTS_A)
 
 
+class RootOfPositive(torch.nn.Module):
+    """Finite for every number, with a gradient that is for positive ones only."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x.sqrt(), 0)
+
+
+def breaks(model: PreTrainedModel, where: str) -> None:
+    if where == "gradient":
+        model.model.layers[1].mlp.act_fn = RootOfPositive()
+        return
+    with torch.no_grad():
+        # Of the embeddings the one that only the second prompt has.
+        model.get_parameter(where)[30 if "embed" in where else 0] = torch.nan
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+@pytest.mark.parametrize(
+    ("parameters", "where", "named"),
+    [
+        ("lm_head", "model.embed_tokens.weight", r"model\.embed_tokens"),
+        (r"layers\.0\.mlp", "model.layers.3.mlp.down_proj.weight", r"model\.layers\.3"),
+        (r"layers\.0\.mlp", "model.norm.weight", "model"),
+        ("all", "lm_head.weight", "the output head"),
+        (r"layers\.1\.mlp", "gradient", r"model\.layers\.1\.mlp\.gate_proj\.weight"),
+    ],
+)
+def test_the_first_module_with_numbers_that_are_not_finite_is_named(parameters, where, named, exact):
+    """Whatever counts, and in whichever of a micro-batch's prompts."""
+    model = toy_model("llama")
+    breaks(model, where)
+    with pytest.raises(ValueError, match=rf"^{named}: .* not finite$"):
+        KernelProbe(model, parameters=parameters).measure(PROMPTS_A, exact=exact)
+
+
 def test_packed_prompts_keep_the_attention_that_the_model_was_loaded_with():
     """Where it packs; `auto` here would take another. Padded rows need an ordinary one."""
     model = toy_model("llama")
