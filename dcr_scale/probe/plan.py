@@ -136,7 +136,7 @@ def _gathered(
     A layer runs forward, again where it is recomputed, and backward. Recomputation ends in the layer's last product,
     whose matrix is still there when the backward pass begins with it. What stands outside the layers runs forward
     only: the backward pass is cut off at the embedding's output and begins at the final hidden state. The head is
-    gathered once more, to take the output probes back through it.
+    gathered once more, to take the output probes back through it, and all else to see whether prompts can be packed.
     """
     layers = decoder_layers(model)
     passes = dict.fromkeys((id(p) for p in layers.parameters()), 2 + checkpointing)
@@ -147,7 +147,7 @@ def _gathered(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.numel() >= threshold:
-                times = passes.get(id(parameter), 1) * micro_steps + (module is inventory.head)
+                times = passes.get(id(parameter), 1) * micro_steps + 1
                 received += times * math.ceil(parameter.numel() / world_size) * (world_size - 1)
     return received
 

@@ -142,9 +142,9 @@ def test_the_plan_of_a_large_model():
     assert plan.sketches == pytest.approx(1000 * 4 * 722 * 1024 * 4 / 64, rel=0.02)
     assert plan.partition == pytest.approx(70.55e9 * 2 / 64, rel=0.01)
     # Layers are gathered three times a micro-step where they are recomputed, their last matrix (18.8 billion in all)
-    # twice, the embedding once, the head once more; and all but 1/64 comes from others.
-    assert plan.gathered == pytest.approx((3 * 68.45e9 - 18.8e9 + 3 * 1.05e9) * 2 * 63 / 64, rel=0.01)
+    # twice, the embedding and the head once, and all of them once more; and all but 1/64 comes from others.
+    assert plan.gathered == pytest.approx((4 * 68.45e9 - 18.8e9 + 4 * 1.05e9) * 2 * 63 / 64, rel=0.01)
     assert "GB" in plan.table()
     few = plan_measurement(llama_70b, [24] * 1000, **{**settings, "world_size": 8})
     assert few.micro_steps == 3
-    assert few.gathered > 2.5 * plan.gathered
+    assert few.gathered > 2 * plan.gathered
