@@ -28,9 +28,17 @@ def check_packing(
     first, second = encoded[0], encoded[1]
     together_TD = activations(pack([first, second], prefix=prefix, device=device))[-(len(second) - prefix) :]
     alone_TD = activations(pack([second], prefix=prefix, device=device))[prefix:]
+    leak = found_leak(alone_TD, together_TD)
+    if leak is not None:
+        raise UserError(f"{leak} and cannot be trained here")
+
+
+def found_leak(alone_TD: Tensor, together_TD: Tensor) -> str | None:
+    """What is wrong where a prompt's activations [T, D] alone and behind another differ beyond rounding, else None."""
     difference = (together_TD.float() - alone_TD.float()).norm() / alone_TD.float().norm()
-    if difference > _TOLERANCE:
-        raise UserError(
-            f"prompts packed together see each other in this model (activations move by {float(difference):.0%} when "
-            "another prompt is put in front): it mixes tokens outside softmax attention and cannot be trained here"
-        )
+    if not difference > _TOLERANCE:
+        return None
+    return (
+        f"prompts packed together see each other in this model (activations move by {float(difference):.0%} when "
+        "another prompt is put in front): it mixes tokens outside softmax attention"
+    )

@@ -8,11 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from dcr_kernels import pool
-from dcr_scale.data.packing import Pack
+from dcr_scale.data.packing import Pack, pack
+from dcr_scale.models.packing_check import found_leak
 from dcr_scale.models.trunk import decoder_layers
+from dcr_scale.probe.agreement import agree
 from dcr_scale.probe.guard import borrowed
 from dcr_scale.separation import gathered_rows
 from dcr_scale.world import World
+
+# What a convolution or a recurrence carries into the next prompt shows in its first tokens.
+_COMPARED = 8
+
+
+def final_hidden(model: nn.Module, batch: Pack) -> Tensor:
+    """A causal language model's final hidden states [T, D] of a pack's tokens."""
+    return model.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        packing=batch.layout,
+    ).last_hidden_state[0]
+
+
+@torch.no_grad()
+def leak_between(model: nn.Module, encoded: Sequence[Sequence[int]]) -> str | None:
+    """What one prompt sees of another packed in front of it, in words, as this rank finds it; None where nothing.
+
+    One forward pass of a few tokens: at the pack's beginning, a causal model's prompt is alone. Every rank of a
+    partitioned model calls it with the same prompts, within :func:`~dcr_scale.probe.guard.borrowed`.
+    """
+    first, second = encoded[0][-_COMPARED:], encoded[-1][:_COMPARED]
+    hidden_TD = final_hidden(model, pack([second, first, second], device=next(model.parameters()).device))
+    return found_leak(hidden_TD[: len(second)], hidden_TD[-len(second) :])
 
 
 @torch.no_grad()
@@ -37,6 +65,8 @@ def rows_at_depths(
         depths: ascending, each from 0 to L − 1.
         pooling, normalize: as :func:`dcr_kernels.pool` takes them.
         token_limit: tokens of one pack.
+
+    Raises ValueError, on all ranks alike, for a model in which packed prompts see each other.
     """
     layers = decoder_layers(model)
     rows: list[Tensor] = []
@@ -51,17 +81,12 @@ def rows_at_depths(
 
         hooks = [layers[depth].register_forward_pre_hook(keep, with_kwargs=True) for depth in depths]
         try:
-            model.get_decoder()(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=None,
-                use_cache=False,
-                packing=batch.layout,
-            )
+            final_hidden(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
         return torch.stack(rows, dim=1)
 
     with borrowed(model, packed=True, dtype=next(model.parameters()).dtype):
+        agree(leak_between(model, encoded))
         return gathered_rows(run, encoded, prefix=prefix, token_limit=token_limit, world=world)

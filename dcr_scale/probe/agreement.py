@@ -13,13 +13,18 @@ from dcr_scale.probe.reduction import world_size
 
 def agree(failure: str | None) -> None:
     """Raise the first rank's failure as a ValueError on every rank. All ranks must call it."""
-    failures = [failure]
-    if world_size() > 1:
-        failures = [None] * world_size()
-        dist.all_gather_object(failures, failure)
-    first = next((text for text in failures if text is not None), None)
+    first = first_of(failure)
     if first is not None:
         raise ValueError(first)
+
+
+def first_of(finding: str | None) -> str | None:
+    """The first rank's finding, the same on every rank; None where none has one. All ranks must call it."""
+    findings = [finding]
+    if world_size() > 1:
+        findings = [None] * world_size()
+        dist.all_gather_object(findings, finding)
+    return next((text for text in findings if text is not None), None)
 
 
 @contextmanager

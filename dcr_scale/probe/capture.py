@@ -12,9 +12,9 @@ Shape suffixes: B rows of the micro-batch (a prompt under one output probe each)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dcr_scale.models.trunk import decoder_layers
+from dcr_scale.probe.experts import run_experts
 from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.shared_inputs import SharedInputs
 from dcr_scale.probe.units import Factor, Inventory, Unit, elementwise_factors, is_experts, lookup_scale, shape_of
@@ -73,7 +75,7 @@ class Capture:
         self._sums: list[tuple[str, Tensor]] = []
         self._seen: set[str] = set()
         # Recomputed inputs of element-wise modules that wait for their gradient, and the other way round.
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, dict[str, Tensor]] = {}
         self._inputs = SharedInputs()
         self._products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "linear"}
         self._routed_products = {id(unit.parameter): unit for unit in inventory.units if unit.kind == "experts"}
@@ -97,6 +99,7 @@ class Capture:
 
     # --- passes ------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()  # measured under no_grad, gradients would all be zero
     def run(
         self, sink: Sink, layout: TokenLayout, inputs: dict[str, Any], *cotangents_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -111,6 +114,7 @@ class Capture:
             The final hidden states at the rows' last tokens, float32 [B, D], and the model's logits.
         """
         self._sink, self._layout = sink, layout
+        self._seen.clear()
         logits = self.model(**inputs).logits
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
         self._hidden = None
@@ -155,6 +159,12 @@ class Capture:
         if what is not None:
             self._sums.append((unit.name, what.sum(dtype=torch.float32)))
 
+    def _note_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        """Between the weights that count, numbers can go wrong as well."""
+        if not self._backward:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            self._sums.append((name, hidden.detach().sum(dtype=torch.float32)))
+
     # --- what comes by -----------------------------------------------------------------------------------------
 
     def _linear(self, unit: Unit, x: Tensor, output: Tensor) -> None:
@@ -170,6 +180,7 @@ class Capture:
         self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
+            self._note(unit, delta)
             self._sink.product(unit, kept, delta.reshape(rows, -1), None)
 
         output.register_hook(receive)
@@ -180,6 +191,7 @@ class Capture:
         self._begin_at(output_MD)
 
         def receive(delta_MD: Tensor) -> None:
+            self._note(unit, delta_MD)
             self._sink.product(unit, kept, delta_MD, routing)
 
         output_MD.register_hook(receive)
@@ -193,24 +205,26 @@ class Capture:
 
         def receive(delta: Tensor) -> None:
             if kept is None:
-                self._meet(module, delta, lambda x: self._vector_gradient(module, x, delta))
+                self._meet(module, delta=delta)
             else:
                 self._vector_gradient(module, kept, delta)
 
         output.register_hook(receive)
 
     def _vector_recomputed(self, module: nn.Module, x: Tensor) -> None:
-        x = x.detach()
         if self._backward:
-            self._meet(module, x, lambda delta: self._vector_gradient(module, x, delta))
+            self._meet(module, x=x.detach())
 
-    def _meet(self, module: nn.Module, mine: Tensor, other_came: Callable[[Tensor], None]) -> None:
+    def _meet(self, module: nn.Module, **one: Tensor) -> None:
         """A recomputed input can come before the gradient or after it: the second of the two goes on."""
-        other = self._waiting.pop(id(module), None)
-        if other is None:
-            self._waiting[id(module)] = mine
+        other = self._waiting.pop(id(module), {})
+        if other.keys() == one.keys():
+            name = self._vectors[id(module)][0][0].name
+            self._fail(f"{name}: used twice in a layer that is recomputed, and no rule tells its inputs apart")
+        elif other:
+            self._vector_gradient(module, **one, **other)
         else:
-            other_came(other)
+            self._waiting[id(module)] = one
 
     @torch.no_grad()
     def _vector_gradient(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
@@ -303,8 +317,12 @@ class Capture:
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             self._vector_output(module, _first(args, kwargs), output)
 
-        stack.callback(self.model.get_decoder().register_forward_hook(final).remove)
-        for module in self.model.modules():
+        decoder = self.model.get_decoder()
+        stack.callback(decoder.register_forward_hook(final).remove)
+        stations = {id(module) for module in (*decoder_layers(self.model), decoder)}
+        for name, module in self.model.named_modules():
+            if id(module) in stations or isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(partial(self._note_output, name)).remove)
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(self._embedded).remove)
             if id(module) in self._vectors:
@@ -352,30 +370,14 @@ class Capture:
             stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
             config._experts_implementation = _EXPERTS
 
-    def experts_forward(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """An experts module's forward pass, one expert after another, rows sorted by expert."""
-        routing = Routing.of(index_TK, module.num_experts)
-
-        def apply(key: str, x_MD: Tensor) -> Tensor:
-            weight, bias = getattr(module, key), getattr(module, f"{key}_bias", None)
-            pieces = []
-            for expert, start, stop in routing.spans:
-                matrix = weight[expert].T if module.is_transposed else weight[expert]
-                pieces.append(F.linear(x_MD[start:stop], matrix, None if bias is None else bias[expert]))
-            output_MD = torch.cat(pieces)
-            unit = self._routed_products.get(id(weight))
-            if unit is not None and not self._backward:
-                self._routed(unit, x_MD, output_MD, routing)
-            return output_MD
-
-        inner = apply("gate_up_proj" if module.has_gate else "up_proj", hidden_TD[routing.tokens])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = apply("down_proj", inner) * weights_TK.reshape(-1)[routing.order, None]
-        return outer[routing.inverse].view(*index_TK.shape, -1).sum(dim=1).to(hidden_TD.dtype)
+    def experts_product(self, weight: Tensor, x_MD: Tensor, output_MD: Tensor, routing: Routing) -> None:
+        unit = self._routed_products.get(id(weight))
+        if unit is not None and not self._backward:
+            self._routed(unit, x_MD, output_MD, routing)
 
 
 def _experts_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return _active.experts_forward(module, hidden, index, weights)
+    return run_experts(module, hidden, index, weights, _active.experts_product)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)

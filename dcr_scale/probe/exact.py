@@ -26,7 +26,7 @@ _HEAD_ROWS = 512
 
 @dataclass
 class Factors:
-    """What a prompt's gradients are made of, by unit name.
+    """What a prompt's gradients are made of, by unit name. Where a weight is used again, its uses are further tokens.
 
     ``inputs``: [T, columns] of a product; ``experts``: the expert of each row; ``deltas``: [D, T, rows], one for each
     direction of the hidden state. Of a lookup, ``tokens`` [T] stand for the inputs. ``vectors``: [D, length].
@@ -64,20 +64,24 @@ class GhostSink(Sink):
         if routing is not None:
             kept, delta_MD = kept[routing.inverse], delta_MD[routing.inverse]
             experts = routing.experts[routing.inverse].view(layout.tokens, -1)
-            self.factors.experts[unit.name] = layout.rows(experts)[0].flatten()
+            self._append(self.factors.experts, unit, layout.rows(experts)[0].flatten())
         self._keep(unit, delta_MD)
         # Every copy of the prompt has the same inputs.
-        self.factors.inputs[unit.name] = self._rows(kept)[0]
+        self._append(self.factors.inputs, unit, self._rows(kept)[0])
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         self._keep(unit, delta_TD)
-        self.factors.tokens[unit.name] = self._layout.rows(ids_T)[0]
+        self._append(self.factors.tokens, unit, self._layout.rows(ids_T)[0])
 
     def vector(self, unit: Unit, gradient_BD: Tensor) -> None:
-        self.factors.vectors[unit.name] = gradient_BD.double()
+        self.factors.vectors[unit.name] = self.factors.vectors.get(unit.name, 0) + gradient_BD.double()
 
     def _keep(self, unit: Unit, delta_MD: Tensor) -> None:
-        self.factors.deltas[unit.name] = self._rows(delta_MD.double())
+        self._append(self.factors.deltas, unit, self._rows(delta_MD.double()), dim=1)
+
+    @staticmethod
+    def _append(kept: dict[str, Tensor], unit: Unit, tokens: Tensor, dim: int = 0) -> None:
+        kept[unit.name] = torch.cat([kept[unit.name], tokens], dim) if unit.name in kept else tokens
 
     def _rows(self, flat_MD: Tensor) -> Tensor:
         """[B, L · slots, D]."""

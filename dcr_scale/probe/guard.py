@@ -12,6 +12,9 @@ from torch import nn
 from dcr_scale.models import attention
 from dcr_scale.probe.capture import checkpointed_layers
 
+# What models in transformers do to their head's product with the final hidden state, as their configurations say it.
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 _OURS = (attention.FLASH_ATTN, attention.TORCH_VARLEN, attention.SDPA)
 
 
@@ -30,11 +33,15 @@ def check_between_updates(engine: Any) -> None:
             f"the engine has taken {engine.micro_steps % steps} of the {steps} micro-steps of an update; measure "
             "between updates"
         )
-    # Micro-steps are counted in step(), and not at all where the caller sets the boundary. ZeRO itself knows more: the
-    # flag is up from the end of a backward pass to the next forward pass or update, when micro_step_id goes up or back
-    # to its start. Without ZeRO, gradients stay where autograd puts them.
+    # Micro-steps are counted in step(), and not at all where the caller sets the boundary. ZeRO itself knows more.
+    # Stage 3's flag is up from the end of a backward pass to the next forward pass or update, when micro_step_id goes
+    # up from 0 or back to it. In stages 1 and 2 an update leaves the flag up, but puts micro_step_id back to −1, from
+    # which every backward pass raises it. Without ZeRO, gradients stay where autograd puts them.
     optimizer = engine.optimizer
-    reduced = getattr(optimizer, "_epilogue_ran_this_backward", False) or getattr(optimizer, "micro_step_id", 0) > 0
+    if engine.zero_optimization_stage() == 3:
+        reduced = getattr(optimizer, "_epilogue_ran_this_backward", False) or getattr(optimizer, "micro_step_id", 0) > 0
+    else:
+        reduced = getattr(optimizer, "micro_step_id", -1) >= 0
     if reduced or any(parameter.grad is not None for parameter in engine.module.parameters()):
         raise ValueError(
             "the engine holds gradients of an update that it has not made; measure between updates: after step(), "
@@ -44,6 +51,17 @@ def check_between_updates(engine: Any) -> None:
 
 def check_ready(model: nn.Module) -> None:
     """Raise ValueError, naming the module, for a model whose passes would be random or could not be watched."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, which records no gradients; measure outside of it")
+    text = model.config.get_text_config()
+    for name in (*_LOGIT_CAPS, *_LOGIT_SCALES):
+        value = getattr(text, name, None)
+        # The passes' own comparison finds no mild one in bfloat16.
+        if value is not None and (name in _LOGIT_CAPS or value != 1):
+            raise ValueError(
+                f"{name}={value} in the model's configuration: its logits are capped or scaled, and no longer its "
+                "head's product with the final hidden state"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(

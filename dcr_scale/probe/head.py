@@ -32,6 +32,7 @@ class Head:
     Attributes:
         vocabulary: V, rows of the head.
         crosses: whether the head is the embedding and counts, so that its two uses meet.
+        failure: what is wrong with the head's own numbers, or None.
     """
 
     def __init__(self, inventory: Inventory, seed: int, probes: int):
@@ -50,6 +51,8 @@ class Head:
         if bias is not None:
             with torch.no_grad(), gathered(bias):
                 self._shift_R = self._probes_RV @ bias.float()
+        finite = self._back_RD.isfinite().all() and self._shift_R.isfinite().all()
+        self.failure = None if finite else "the output head: its weights are not finite"
 
     def cotangents(self, probes: Tensor) -> Tensor:
         """Wᵀu for each of ``probes`` (int64 [B]): float32 [B, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.probe.agreement import agree, agreed
+from dcr_scale.probe.activations import leak_between
+from dcr_scale.probe.agreement import agree, agreed, first_of
 from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Blocks, Estimate, estimate, jackknives, log_error, signed_root, student_t
 from dcr_scale.probe.exact import exact_kernel
@@ -113,7 +115,8 @@ class KernelProbe:
         seed: decides all probes and projections.
         parameters: which count: ``all``, ``trainable`` (at this moment), or a regular expression found in their names.
         micro_batch_tokens: tokens of a micro-batch on one rank; a longer prompt makes its own.
-        packed: prompts side by side in one row without padding; None: where the model's attention allows it.
+        packed: prompts side by side in one row without padding; None: where the model's attention allows it and, as
+            the first measurement finds out, nothing else in the model lets them see each other.
 
     Raises ValueError for arguments out of range, and for a parameter whose gradient no rule sketches, by its name.
     """
@@ -147,6 +150,7 @@ class KernelProbe:
         if packed and not possible:
             raise ValueError(f"{type(self._model).__name__}'s attention cannot take packed prompts; use packed=False")
         self.packed = possible if packed is None else packed
+        self._must_pack, self._leak_is_ruled_out = bool(packed), False
         self._inventory = take_inventory(self._model, select(self._model, parameters))
         self._capture = Capture(self._model, self._inventory)
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
@@ -187,7 +191,8 @@ class KernelProbe:
 
         Raises ValueError on all ranks alike, also where only one of them has the fault: for a prompt without tokens or
         with one that the model has not, fewer prompts than ranks, dropout that is on, reentrant checkpointing, an
-        engine in the middle of an accumulation, activations that are not finite.
+        engine in the middle of an accumulation, activations that are not finite, prompts that see each other where
+        they must be packed.
         """
         ranks = world_size()
         with agreed():
@@ -199,6 +204,9 @@ class KernelProbe:
             check_between_updates(self._engine)
             check_ready(self._model)
         head = Head(self._inventory, self.seed, self.output_probes)
+        agree(head.failure)
+        if self.packed and not self._leak_is_ruled_out:
+            self._rule_out_leak(sequences, head.dtype)
         kernel = self._exact if exact else self._sketched
         with (
             borrowed(self._model, self.packed, head.dtype),
@@ -221,8 +229,16 @@ class KernelProbe:
             jackknives=() if exact else tuple(jackknives(self.groups, self.output_probes)),
         )  # fmt: skip
 
+    def _rule_out_leak(self, sequences: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        """Have prompts padded, or raise ValueError where they must be packed, if packed ones see each other."""
+        with borrowed(self._model, True, dtype), unnoticed(self._engine):
+            leak = first_of(leak_between(self._model, sequences))
+        if leak is not None and self._must_pack:
+            raise ValueError(f"{leak}; use packed=False")
+        self.packed, self._leak_is_ruled_out = leak is None, True
+
     def _encode(self, prompts: Prompts, what: str) -> list[tuple[int, ...]]:
-        if isinstance(prompts, str) or not len(prompts):
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
             raise ValueError(f"{what} must be a list of prompts, at least one; it is {prompts!r}")
         vocabulary = shape_of(self._model.get_input_embeddings().weight)[0]
         encoded = []
@@ -231,9 +247,12 @@ class KernelProbe:
                 if self._encoder is None:
                     raise ValueError(f"{what}[{i}] is text: give the probe a tokenizer, or prompts as token ids")
                 prompt = self._encoder.encode(prompt)
-            if not len(prompt):
+            try:
+                encoded.append(tuple(index(token) for token in prompt))
+            except TypeError as error:
+                raise ValueError(f"{what}[{i}] is neither text nor a list of token ids: {error}") from error
+            if not encoded[-1]:
                 raise ValueError(f"{what}[{i}] has no tokens")
-            encoded.append(tuple(int(token) for token in prompt))
             wrong = next((token for token in encoded[-1] if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise ValueError(f"{what}[{i}] has the token {wrong}, and the model has {vocabulary}")

@@ -1,7 +1,7 @@
 """Random numbers by counter: Philox4x32-10, as integer arithmetic on tensors.
 
 An entry of a projection is a function of (key, row, column) alone. It is the same on every device and world size, need
-not be stored, and does not change when a projection grows: the first rows of a larger one are the smaller one.
+not be stored, and does not change when more of them are drawn: the first rows of a larger matrix are the smaller one.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """

@@ -26,6 +26,10 @@ class ProbePlan:
     Attributes:
         micro_steps: forward and backward passes on every rank.
         partition: the rank's part of the weights.
+        layer: one decoder layer's weights, gathered for its passes.
+        head: the head's weights, gathered, and in float32 beside that, before the passes begin.
+        checkpoints: a micro-batch's inputs of all layers, where layers are recomputed; what a layer keeps inside comes
+            on top. 0 where they are not: what they all keep is not planned.
         gathered: parameters received from other ranks over the whole measurement, at most: what is still there from
             the step before is not fetched again.
         kept: projected inputs held between a micro-batch's forward and backward pass.
@@ -39,11 +43,20 @@ class ProbePlan:
     units: int
     micro_steps: int
     partition: int
+    layer: int
+    head: int
+    checkpoints: int
     gathered: int
     kept: int
     sketches: int
     slices: int
     exchanged: int
+
+    @property
+    def held(self) -> int:
+        """The most of what is planned that a rank holds at once: before, in or after the passes."""
+        passes = self.layer + self.checkpoints + self.kept + self.sketches
+        return self.partition + max(self.head, passes, self.sketches + self.slices)
 
     def table(self) -> str:
         """The plan as text."""
@@ -53,9 +66,13 @@ class ProbePlan:
             ("sketched weights", f"{self.units:,}"),
             ("micro-steps a rank", f"{self.micro_steps:,}"),
             ("held a rank: weights", size(self.partition)),
+            ("  a gathered layer", size(self.layer)),
+            ("  the head, gathered and in float32", size(self.head)),
+            ("  inputs of recomputed layers", size(self.checkpoints)),
             ("  projected inputs", size(self.kept)),
             ("  own sketches", size(self.sketches)),
             ("  all prompts' sketches in the owned slices", size(self.slices)),
+            ("  at once, without activations inside layers", size(self.held)),
             ("received a rank: parameters, at most", size(self.gathered)),
             ("sent a rank: sketches, products, estimates", size(self.exchanged)),
         ]
@@ -105,11 +122,15 @@ def plan_measurement(
     shares = owners(inventory.slices, world_size)
     owned = [sum(widths[s] for s in share) for share in shares]
     total = len(lengths) * output_probes
-    hidden = shape_of(inventory.head.weight)[1]
-    beside = hidden + (output_probes * hidden if inventory.tied else 0)
+    vocabulary, hidden = shape_of(inventory.head.weight)
+    crosses = inventory.tied and inventory.head_counts
+    beside = hidden + (output_probes * hidden if crosses else 0)
+    # A single rank's modules see its part of the weights itself, which is all of them.
+    whole_bytes = element_bytes if world_size > 1 else 0
+    layers = decoder_layers(model)
     exchanged = [
         items[r] * groups * (sum(widths) - owned[r]) * _FLOAT
-        + (world_size - 1) * items[r] * (beside * _FLOAT + (2 + inventory.tied) * _INTEGER)
+        + (world_size - 1) * items[r] * (beside * _FLOAT + (2 + crosses) * _INTEGER)
         + _products_sent(len(lengths), r, shares, inventory.slices, groups, output_probes)
         for r in range(world_size)
     ]
@@ -119,6 +140,9 @@ def plan_measurement(
         units=len(inventory.units),
         micro_steps=len(plan[0]),
         partition=sum(math.ceil(p.numel() / world_size) for p in model.parameters()) * element_bytes,
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers) * whole_bytes,
+        head=vocabulary * hidden * (whole_bytes + (_FLOAT if element_bytes < _FLOAT else 0)),
+        checkpoints=len(layers) * tokens * hidden * element_bytes if checkpointing else 0,
         gathered=_gathered(model, inventory, len(plan[0]), world_size, checkpointing, persistence_threshold)
         * element_bytes,
         kept=tokens * products * groups * rank * element_bytes,
@@ -136,7 +160,7 @@ def _gathered(
     A layer runs forward, again where it is recomputed, and backward. Recomputation ends in the layer's last product,
     whose matrix is still there when the backward pass begins with it. What stands outside the layers runs forward
     only: the backward pass is cut off at the embedding's output and begins at the final hidden state. The head is
-    gathered once more, to take the output probes back through it.
+    gathered once more, to take the output probes back through it, and all else to see whether prompts can be packed.
     """
     layers = decoder_layers(model)
     passes = dict.fromkeys((id(p) for p in layers.parameters()), 2 + checkpointing)
@@ -147,7 +171,7 @@ def _gathered(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.numel() >= threshold:
-                times = passes.get(id(parameter), 1) * micro_steps + (module is inventory.head)
+                times = passes.get(id(parameter), 1) * micro_steps + 1
                 received += times * math.ceil(parameter.numel() / world_size) * (world_size - 1)
     return received
 

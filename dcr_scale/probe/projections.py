@@ -1,13 +1,17 @@
 """Rademacher projections, drawn when they are needed and kept only while they are small.
 
-A projection's entries come from :mod:`dcr_scale.probe.philox`, keyed by (seed, unit, role, group): the seed and the
-names decide them, whatever the device, the world size, or what else is drawn.
+A projection's entries come from :mod:`dcr_scale.probe.philox`, keyed by (seed, unit, role, group): the seed, the names
+and the number of strips decide them, whatever the device, the world size, or what else is drawn.
 
 With several groups a projection is sparse, in strips: its input is cut into s parts of one width, and each of its
 rows reads one of them. Every entry of the input is still read by as many rows as any other, p/s of them, so inner
 products are as unbiased, and for parts of like norm their variance is the dense projection's, for any s (Kane, Nelson,
 "Sparser Johnson-Lindenstrauss transforms", JACM 2014). It takes 1/s of the arithmetic: up to :data:`_MOST_STRIPS`
 groups cost one group's product.
+
+The first groups, and the first rows of each, of a larger projection are a smaller one where both have as many strips.
+Otherwise the same signs stand in other rows, and the two have nothing in common but their law: at rank 16 and an even
+width, 2 groups are not the first 2 of 4.
 """
 
 from __future__ import annotations

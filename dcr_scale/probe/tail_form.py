@@ -37,6 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from dcr_scale.models.trunk import decoder_layers
+from dcr_scale.probe.activations import leak_between
+from dcr_scale.probe.agreement import agree
 from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.guard import borrowed, check_ready
 from dcr_scale.probe.head import Head
@@ -82,7 +84,7 @@ def estimate_tail_form(
         probes: directions a prompt, of the logits and of the weights' inputs each.
         token_limit: tokens of a micro-batch, as far as two rows fit.
 
-    Raises ValueError for a model that the probe cannot measure.
+    Raises ValueError for a model that the probe cannot measure, or in which packed prompts see each other.
     """
     inventory = take_inventory(model, select(model, "all"))
     check_ready(model)
@@ -99,6 +101,7 @@ def estimate_tail_form(
 
     sizes = TailSizes(inventory, layer)
     with borrowed(model, True, head.dtype):
+        agree(leak_between(model, encoded))
         capture = Capture(model, inventory)
         with capture.installed():
             for chunk in chunks:

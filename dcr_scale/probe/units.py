@@ -91,22 +91,34 @@ def select(model: nn.Module, parameters: str) -> set[int]:
 def take_inventory(model: nn.Module, counted: set[int]) -> Inventory:
     """Cut the counted parameters of a transformers causal language model into units.
 
-    Raises ValueError that names the parameter which no rule covers.
+    Raises ValueError that names the parameter which no rule covers, or which more than one module holds. A module may
+    well be used in several places: it is one unit, and belongs to the first decoder layer that has it.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head, so it has no first token to probe")
     stack = decoder_layers(model)
-    slice_of = {id(module): i for i, layer in enumerate(stack) for module in layer.modules()}
+    slice_of: dict[int, int] = {}
+    for i, layer in enumerate(stack):
+        for module in layer.modules():
+            slice_of.setdefault(id(module), i)
     # What an adapter wraps keeps its name, and with it its projections.
     names = {id(parameter): name.replace(".base_layer.", ".") for name, parameter in model.named_parameters()}
     table = model.get_input_embeddings()
     tied = table is not None and table.weight is head.weight
     units: list[Unit] = []
+    held: set[int] = set()
     for module in model.modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in counted}
         if not own or module is head:
             continue
+        twice = next((names[id(p)] for p in own.values() if id(p) in held), None)
+        if twice is not None:
+            raise ValueError(
+                f"{twice}: more than one module holds it, and no rule adds up what it is to each; leave it out by "
+                'parameters="trainable" or a name pattern'
+            )
+        held.update(map(id, own.values()))
         where = slice_of.get(id(module), len(stack))
         units += _units_of(module, own, where, names)
     bias = getattr(head, "bias", None)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rank_pool import RankPool
 from toy import toy_tokenizer
 from toy_models import PROMPTS_A, PROMPTS_B, toy_model, zero3
@@ -51,7 +52,10 @@ def test_trainable_of_a_frozen_model():
     [
         ([], "prompts_a must be a list of prompts, at least one"),
         ("one string", "prompts_a must be a list of prompts"),
+        (7, "prompts_a must be a list of prompts, at least one; it is 7"),
         ([[1, 2], []], r"prompts_a\[1\] has no tokens"),
+        ([1, 2, 3], r"prompts_a\[0\] is neither text nor a list of token ids: 'int' object is not iterable"),
+        ([[1, 2], [1.7, 2]], r"prompts_a\[1\] is neither text nor a list of token ids: 'float' object"),
         (["text"], r"prompts_a\[0\] is text: give the probe a tokenizer"),
         ([[1, 2], [3, 40]], r"prompts_a\[1\] has the token 40, and the model has 40"),
     ],
@@ -69,6 +73,19 @@ def test_dropout_left_on():
     KernelProbe(model.eval()).measure(PROMPTS_A)
 
 
+def test_where_gradients_are_off_they_are_taken_all_the_same():
+    probe = KernelProbe(toy_model("llama"))
+    expected = probe.measure(PROMPTS_A)
+    with torch.no_grad():
+        assert torch.equal(probe.measure(PROMPTS_A).squared, expected.squared)
+        assert not torch.is_grad_enabled()
+
+
+def test_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch\.inference_mode\(\) is on"):
+        KernelProbe(toy_model("llama")).measure(PROMPTS_A)
+
+
 def test_reentrant_checkpointing():
     model = toy_model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -76,14 +93,23 @@ def test_reentrant_checkpointing():
         KernelProbe(model).measure(PROMPTS_A)
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
-def test_capped_logits(exact):
+def test_capped_logits():
+    """Also where the cap bends them by less than bfloat16 rounds."""
     model = AutoModelForCausalLM.from_config(
         Gemma2Config(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, final_logit_softcapping=0.5,
-        )
+            num_key_value_heads=2, head_dim=4, final_logit_softcapping=30.0,
+        ),
+        dtype=torch.bfloat16,
     ).eval()  # fmt: skip
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 .* capped or scaled"):
+        KernelProbe(model).measure(PROMPTS_A)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+def test_scaled_logits_that_no_setting_tells_of(exact):
+    model = toy_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: 1.1 * output)
     with pytest.raises(ValueError, match="capped or scaled"):
         KernelProbe(model).measure(PROMPTS_A, exact=exact)
 
@@ -100,6 +126,49 @@ def test_a_weight_that_takes_no_part_is_named():
     model.model.layers[1].mlp.extra = torch.nn.Linear(16, 16)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.extra\.weight: its Linear took part .* not at all"):
         KernelProbe(model).measure(PROMPTS_A)
+
+
+def test_adapters_that_have_been_switched_off_since_are_named():
+    model = get_peft_model(toy_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    probe = KernelProbe(model, parameters="trainable")
+    probe.measure(PROMPTS_A)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.lora_A.* not at all"):
+        probe.measure(PROMPTS_A)
+
+
+class RootOfPositive(torch.nn.Module):
+    """Finite for every number, with a gradient that is for positive ones only."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x.sqrt(), 0)
+
+
+def breaks(model: PreTrainedModel, where: str) -> None:
+    if where == "gradient":
+        model.model.layers[1].mlp.act_fn = RootOfPositive()
+        return
+    with torch.no_grad():
+        # Of the embeddings the one that only the second prompt has.
+        model.get_parameter(where)[30 if "embed" in where else 0] = torch.nan
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+@pytest.mark.parametrize(
+    ("parameters", "where", "named"),
+    [
+        ("lm_head", "model.embed_tokens.weight", r"model\.embed_tokens"),
+        (r"layers\.0\.mlp", "model.layers.3.mlp.down_proj.weight", r"model\.layers\.3"),
+        (r"layers\.0\.mlp", "model.norm.weight", "model"),
+        ("all", "lm_head.weight", "the output head"),
+        (r"layers\.1\.mlp", "gradient", r"model\.layers\.1\.mlp\.gate_proj\.weight"),
+    ],
+)
+def test_the_first_module_with_numbers_that_are_not_finite_is_named(parameters, where, named, exact):
+    """Whatever counts, and in whichever of a micro-batch's prompts."""
+    model = toy_model("llama")
+    breaks(model, where)
+    with pytest.raises(ValueError, match=rf"^{named}: .* not finite$"):
+        KernelProbe(model, parameters=parameters).measure(PROMPTS_A, exact=exact)
 
 
 def test_packed_prompts_keep_the_attention_that_the_model_was_loaded_with():
@@ -192,6 +261,8 @@ def faulty_measurement(fault: str, exact: bool) -> str:
         prompts = ["one", "two"]
     elif fault == "unknown token" and has_it:
         prompts = [*prompts, [40]]
+    elif fault == "no list" and has_it:
+        prompts = [*prompts, 7]
     elif fault == "nan" and has_it:
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
@@ -213,6 +284,7 @@ FAULTS = {
     "no tokens": r"^prompts_a\[2\] has no tokens$",
     "template": "^the tokenizer's chat template failed: no such role",
     "unknown token": r"^prompts_a\[5\] has the token 40, and the model has 40$",
+    "no list": r"^prompts_a\[5\] is neither text nor a list of token ids: 'int' object is not iterable$",
     "nan": r"^model\.layers\.2\.mlp\.down_proj\.weight: .* not finite$",
     "selects tokens": r"^model\.layers\.1\.mlp\.up_proj\.weight: met \d+ rows where the micro-batch has \d+ tokens",
     "folds heads": r"^model\.layers\.1\.post_attention_layernorm\.norm\.weight: met values of shape \[\d+, 1, 16\]",
@@ -238,7 +310,7 @@ def test_fewer_prompts_than_ranks(ranks: RankPool):
     assert told == ["1 different prompts are fewer than the 2 ranks"] * 2
 
 
-# --- under ZeRO-3 ----------------------------------------------------------------------------------------------------
+# --- under ZeRO ------------------------------------------------------------------------------------------------------
 
 
 def told(engine) -> str:
@@ -254,9 +326,10 @@ def accumulate(engine) -> None:
     engine.backward(engine(input_ids=ids, labels=ids).loss)
 
 
-def measured_between_micro_steps() -> list[str]:
+def measured_between_micro_steps(stage: int) -> list[str]:
     """Attempts at every point of an update of two micro-steps, and at the same where the caller sets the boundary."""
-    engine = zero3(toy_model("llama"), gradient_accumulation_steps=2)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 20}
+    engine = zero3(toy_model("llama"), gradient_accumulation_steps=2, zero_optimization=zero)
     attempts = [told(engine)]
     for _ in range(2):
         accumulate(engine)
@@ -264,7 +337,7 @@ def measured_between_micro_steps() -> list[str]:
         engine.step()
         attempts.append(told(engine))
     engine.destroy()
-    engine = zero3(toy_model("llama"))
+    engine = zero3(toy_model("llama"), zero_optimization=zero)
     engine.set_gradient_accumulation_boundary(False)
     accumulate(engine)
     engine.step()
@@ -286,8 +359,9 @@ def measured_between_micro_steps() -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_engine_in_the_middle_of_an_accumulation(ranks: RankPool):
-    attempts = ranks.run(measured_between_micro_steps, world_size=2, timeout=SECONDS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_in_the_middle_of_an_accumulation(ranks: RankPool, stage: int):
+    attempts = ranks.run(measured_between_micro_steps, stage, world_size=2, timeout=SECONDS)
     assert attempts[0] == attempts[1]
     begun = "the engine has taken 1 of the 2 micro-steps of an update"
     holds = "the engine holds gradients of an update that it has not made"

@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from toy_models import FAMILIES, PROMPTS_A, PROMPTS_B, reference, toy_model
-from transformers import AutoModelForCausalLM, GPT2Config
+from toy_models import FAMILIES, PROMPTS_A, PROMPTS_B, VOCABULARY, jacobian, reference, toy_model
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from dcr_scale.probe import KernelProbe
+from dcr_scale.probe.philox import derive_key, normals
 
 
 def assert_exact(model, counted=None, **settings) -> None:
@@ -81,6 +82,47 @@ def test_the_head_s_bias_counts():
     model = toy_model("llama", dtype=torch.float64)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape[0], dtype=torch.float64))
     assert_exact(model)
+
+
+def shares_a_layer_s_parts() -> PreTrainedModel:
+    model = toy_model("qwen3-moe", dtype=torch.float64)
+    model.config.use_cache = False  # it has one place for a module's keys
+    layers = model.model.layers
+    layers[1].mlp, layers[2].self_attn = layers[0].mlp, layers[0].self_attn
+    layers[3].post_attention_layernorm = layers[3].input_layernorm
+    return model
+
+
+def test_a_module_used_twice_is_counted_with_both_uses():
+    assert_exact(shares_a_layer_s_parts())
+
+
+def test_sketches_count_both_uses_of_a_module_too():
+    """A vector no longer than its sketch is its own, so that nothing is random but the probes."""
+    model, name = shares_a_layer_s_parts(), "model.layers.3.input_layernorm.weight"
+    probes_RV = torch.stack([normals(derive_key(0, "output", probe), VOCABULARY, "cpu") for probe in range(4)]).double()
+    left_RD, right_RD = (probes_RV @ jacobian(model, ids, [name])[name] for ids in PROMPTS_A)
+    expected = (left_RD @ right_RD.T)[~torch.eye(4, dtype=torch.bool)].square().mean()
+    result = KernelProbe(model, parameters=name).measure(PROMPTS_A)
+    assert result.squared[0, 1] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_norm_used_twice_in_a_recomputed_layer_is_named():
+    model = shares_a_layer_s_parts()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ValueError, match=r"layers\.3\.input_layernorm\.weight: used twice in a layer"):
+        KernelProbe(model).measure(PROMPTS_A)
+    # Used twice in different layers, its inputs are told apart.
+    model.model.layers[3].post_attention_layernorm = model.model.layers[2].post_attention_layernorm
+    assert_exact(model)
+
+
+def test_a_parameter_that_two_modules_hold_is_named():
+    model = toy_model("llama", dtype=torch.float64)
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight: more than one module holds it"):
+        KernelProbe(model)
+    KernelProbe(model, parameters="self_attn")
 
 
 def test_a_parameter_without_a_rule_is_named():

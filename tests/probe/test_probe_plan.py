@@ -141,10 +141,25 @@ def test_the_plan_of_a_large_model():
     # 1000 prompts × 4 probes × 722 weights × 32² coordinates × 4 bytes, spread over 64 ranks.
     assert plan.sketches == pytest.approx(1000 * 4 * 722 * 1024 * 4 / 64, rel=0.02)
     assert plan.partition == pytest.approx(70.55e9 * 2 / 64, rel=0.01)
+    # Every rank's items of 24 tokens through 80 layers' inputs.
+    assert plan.checkpoints == pytest.approx(1000 * 4 * 24 / 64 * 80 * 8192 * 2, rel=0.02)
+    assert plan.layer == pytest.approx(68.45e9 / 80 * 2, rel=0.01)
+    assert plan.head == 128256 * 8192 * (2 + 4)
+    assert plan.held == plan.partition + plan.head
     # Layers are gathered three times a micro-step where they are recomputed, their last matrix (18.8 billion in all)
-    # twice, the embedding once, the head once more; and all but 1/64 comes from others.
-    assert plan.gathered == pytest.approx((3 * 68.45e9 - 18.8e9 + 3 * 1.05e9) * 2 * 63 / 64, rel=0.01)
+    # twice, the embedding and the head once, and all of them once more; and all but 1/64 comes from others.
+    assert plan.gathered == pytest.approx((4 * 68.45e9 - 18.8e9 + 4 * 1.05e9) * 2 * 63 / 64, rel=0.01)
     assert "GB" in plan.table()
     few = plan_measurement(llama_70b, [24] * 1000, **{**settings, "world_size": 8})
     assert few.micro_steps == 3
-    assert few.gathered > 2.5 * plan.gathered
+    assert few.held == few.partition + few.layer + few.checkpoints + few.kept + few.sketches
+    assert few.gathered > 2 * plan.gathered
+
+
+def test_a_tied_head_that_does_not_count_has_nothing_more_to_send():
+    lengths = [len(prompt) for prompt in PROMPTS]
+    tied, untied, counted = (
+        plan_measurement(toy_model("llama", tied=tied).config, lengths, world_size=2, parameters=pattern, **SETTINGS)
+        for tied, pattern in ((True, "layers"), (False, "layers"), (True, "layers|embed"))
+    )
+    assert tied.exchanged == untied.exchanged < counted.exchanged

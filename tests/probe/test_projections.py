@@ -30,12 +30,17 @@ def test_every_row_reads_one_strip_and_every_strip_as_many_rows(rank, groups, wi
     assert torch.equal(reads, expected)
 
 
-def test_what_a_row_reads_does_not_depend_on_what_else_is_drawn():
+def test_what_a_row_reads_depends_on_the_seed_and_the_number_of_strips_alone():
     large = as_matrix(Projections(3, 32, 12), 64)
     assert torch.equal(as_matrix(Projections(3, 16, 4), 64), large[:4, :16])
     assert not torch.equal(as_matrix(Projections(4, 16, 4), 64), large[:4, :16])
     uncached = Projections(3, 32, 12, cache_bytes=0)
     assert torch.equal(as_matrix(uncached, 64), large)
+    # With fewer strips, rows read more columns, and the same signs stand elsewhere.
+    for rank, groups in ((16, 2), (6, 4)):
+        fewer = Projections(3, rank, groups)
+        assert fewer.strips(64) < 4
+        assert not torch.equal(as_matrix(fewer, 64), large[:groups, :rank])
     # Columns from 64 on are others: those of the next expert.
     assert not torch.equal(as_matrix(uncached, 64, start=64), large)
 
