@@ -25,9 +25,18 @@ _OVERFLOW_CHUNK = 2**24
 
 
 class UndefinedWeights(deepspeed.zero.Init):
-    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut."""
+    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut, and only parameters
+    change their dtype.
+
+    zero.Init would give its dtype to all that ``torch.arange`` and its like return meanwhile. Rotary frequencies, which
+    no checkpoint holds, would be computed and kept in bf16 (DeepSpeed #4932).
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device], **settings)
 
     def _zero_init_param(self, param: Any) -> None:
+        param.data = param.data.to(self.dtype)
         self._convert_to_deepspeed_param(param)
         param.partition()
 
