@@ -20,6 +20,7 @@ from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.evaluation.harness import evaluate_suites
 from dcr_scale.evaluation.suites import SuitePrompt
+from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.world import World
@@ -39,7 +40,7 @@ def answered_by(
     dtype = engines.compute_dtype(config.engine, world.device)
     placement = Placement.choose(
         config.look.partitioned, stored.checkpoint,
-        attention="sdpa", dtype=dtype, settings=config.engine, world=world,
+        attention=attention.SDPA, dtype=dtype, settings=config.engine, world=world,
     )  # fmt: skip
     model = placement.load(stored, config.model)
     with placement.running(model):

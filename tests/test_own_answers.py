@@ -99,6 +99,14 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_it_is_aske
         assert pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu"))).questions == []
 
 
+def test_a_model_whose_attention_sdpa_cannot_compute_is_asked_all_the_same(tmp_path: Path, alone: None) -> None:
+    settings = toy_settings(tmp_path, toy_checkpoint(tmp_path / "model", "gemma2"))
+    loaded = load_config(str(write_config(tmp_path, settings)), SETTINGS)
+    run = pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu")))
+    answered = own_answers.answered_by(run._open(run.source), run.questions, run.encoder, loaded, run.world)
+    assert {one.prompt for one in answered} <= {one.prompt for one in run.questions}
+
+
 @pytest.mark.slow
 def test_a_run_asks_once_and_trains_on_the_answers(config: str, tmp_path: Path, alone: None) -> None:
     """Interrupted or not: the model that is asked is the one from before stage 1."""
