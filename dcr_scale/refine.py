@@ -133,7 +133,7 @@ class Refiner:
 
     def run(self) -> Refined:
         """Train until the steps are done or held-out prompts lie apart."""
-        check_packing(self.activations, self.heldout.ids[:2], self.prefix, self.world.device)
+        check_packing(self.activations, self.heldout.ids[:2], self.prefix, self.world.device, self.world)
         stop = EarlyStop(self.settings.stop)
         ended = f"all {self.settings.steps} steps done"
         saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
