@@ -160,7 +160,8 @@ class Refiner:
                 if last or (step + 1) % self.settings.stop.every == 0:
                     with self.runlog.paused():
                         after = self.look(step + 1)
-                    reason = stop.reason(after.cross)
+                    # On different GPUs the last bit may differ, and a rank that stopped alone would leave the others.
+                    reason = stop.reason(self.world.gather(after.cross)[0])
                 self.measure(step + 1, now=reason is not None)
                 if reason is not None:
                     ended = reason
