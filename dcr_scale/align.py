@@ -134,7 +134,7 @@ class Aligner:
     def run(self) -> Aligned:
         # Of one example its own neighbour is made.
         two = [example.ids for example in (self.examples * 2)[:2]]
-        check_packing(self._check_logits, two, self.prefix, self.world.device)
+        check_packing(self._check_logits, two, self.prefix, self.world.device, self.world)
         saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
         losses: list[float] = [] if saved is None else saved["losses"]
         if saved is None:

@@ -80,7 +80,12 @@ class DataConfig:
     general: list[Source] = setting(lambda: [Source()], "general instructions with answers")
     refusals: list[Source] = setting(lambda: [Source()], "toxic prompts with refusals, for stage 2")
     answered: list[Source] = setting(list, "seemingly toxic prompts with answers, for stage 2; [] is none")
-    answer_tokens: int = setting(64, "of an answer of the model's own (path: own), cut after a sentence", at_least=8)
+    answer_tokens: int = setting(
+        64,
+        "longest answer of the model's own (path: own); a longer one is cut after a sentence, and the model learns to "
+        "end its turn there",
+        at_least=8,
+    )
     heldout: float = setting(0.2, "share of each class kept out of training, by whole families", above=0, at_most=0.5)
     heldout_limit: int = setting(400, "at most so many held-out prompts a class", at_least=1)
     max_prompt_tokens: int = setting(256, "longest prompt, chat template included", at_least=8)

@@ -30,7 +30,7 @@ from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models.weights import OwnPart, own_part
 from dcr_scale.world import World
-from dcr_scale.zero3 import UndefinedWeights, gathered_by, look_for_overflow_in_chunks, mark_leaves, release, untraced
+from dcr_scale.zero3 import UndefinedWeights, gathered_by, mark_leaves, release, untraced
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,6 @@ class Engine:
             optimizer=adamw,
             config=deepspeed_config(settings, optimizer, self.dtype, world.device),
         )
-
-        look_for_overflow_in_chunks(self._optimizer)
 
     @property
     def module(self) -> nn.Module:

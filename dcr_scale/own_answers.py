@@ -20,37 +20,48 @@ from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.instructions import Instruction
 from dcr_scale.evaluation.harness import evaluate_suites
 from dcr_scale.evaluation.suites import SuitePrompt
+from dcr_scale.models import attention
 from dcr_scale.models.loading import Placement
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.world import World
 
 log = logging.getLogger(__name__)
 
+# So many prompts are asked at once for each answer that is wanted: a model that refuses three of four has enough then.
+_ASKED_FOR_AN_ANSWER = 4
+
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]?(?=\s)")
 _NUMBER_OF_AN_ITEM = re.compile(r"^\s*\d+\.$")
 
 
 def answered_by(
-    stored: StoredModel, asked: Sequence[Instruction], encoder: ChatEncoder, config: Config, world: World
-) -> list[Instruction]:
-    """The prompts that a checkpoint's model answers, with its answers. Every rank calls it; the model lies as in looks
+    stored: StoredModel, prompts: Sequence[Instruction], wanted: int, encoder: ChatEncoder, config: Config, world: World
+) -> tuple[list[Instruction], int]:
+    """The prompts that a checkpoint's model answers, with its answers, and how many it was asked: in their order until
+    ``wanted`` are answered, several times as many at once. Every rank calls it; the model lies as in looks
     (``look.partitioned``)."""
-    log.info("asking the model %d seemingly toxic prompts, whose answers stage 2 is to keep", len(asked))
     dtype = engines.compute_dtype(config.engine, world.device)
     placement = Placement.choose(
         config.look.partitioned, stored.checkpoint,
-        attention="sdpa", dtype=dtype, settings=config.engine, world=world,
+        attention=attention.SDPA, dtype=dtype, settings=config.engine, world=world,
     )  # fmt: skip
     model = placement.load(stored, config.model)
+    answered: list[Instruction] = []
+    count = 0
     with placement.running(model):
-        rows = own_answers(
-            model, encoder, [one.prompt for one in asked],
-            max_new_tokens=config.data.answer_tokens, batch_size=config.look.batch_size,
-            partitioned=placement.partitioned, world=world,
-        )  # fmt: skip
-    log.info("%d of them answered", len(rows))
-    answers = {row["prompt"]: row["response"] for row in rows}
-    return [replace(one, response=answers[one.prompt]) for one in asked if one.prompt in answers]
+        while count < len(prompts) and len(answered) < wanted:
+            asked = prompts[count : count + _ASKED_FOR_AN_ANSWER * wanted]
+            count += len(asked)
+            log.info("asking the model %d seemingly toxic prompts, whose answers stage 2 is to keep", len(asked))
+            rows = own_answers(
+                model, encoder, [one.prompt for one in asked],
+                max_new_tokens=config.data.answer_tokens, batch_size=config.look.batch_size,
+                partitioned=placement.partitioned, world=world,
+            )  # fmt: skip
+            log.info("%d of them answered", len(rows))
+            answers = {row["prompt"]: row["response"] for row in rows}
+            answered += [replace(one, response=answers[one.prompt]) for one in asked if one.prompt in answers]
+    return answered, count
 
 
 def write_answers(path: Path, answered: Sequence[Instruction]) -> None:

@@ -147,19 +147,19 @@ class Run:
         wanted = sum(not example.response for example in self.data.mixture)
         if not self.progress.done("answers"):
             began = self._begin("answers")
-            self.own = answered_by(model, self.questions, self.encoder, self.config, self.world)
+            self.own, asked = answered_by(model, self.questions, wanted, self.encoder, self.config, self.world)
             # Without a size of its own the mixture becomes smaller, but not by much.
             assert self.config.align is not None
             if len(self.own) < (wanted / 2 if self.config.align.examples is None else wanted):
                 raise UserError(
-                    f"the model answered {len(self.own)} of {len(self.questions)} seemingly toxic prompts, and "
+                    f"the model answered {len(self.own)} of {asked} seemingly toxic prompts, and "
                     f"align.answered_share={self.config.align.answered_share:g} wants {wanted}; lower it or "
                     "align.examples, or raise the limit of data.answered, or give data.contrast more such prompts"
                 )
             with self.world.agreed(path := self.config.run.folder / "answered.jsonl"):
                 if self.world.first:
                     write_answers(path, self.own)
-            self.facts["answers"] = {"asked": len(self.questions), "answered": len(self.own)}
+            self.facts["answers"] = {"asked": asked, "answered": len(self.own)}
             self._finish("answers", began)
         self.data = load_data(self.config, self.own)
         self._encode_examples()

@@ -133,7 +133,7 @@ class Refiner:
 
     def run(self) -> Refined:
         """Train until the steps are done or held-out prompts lie apart."""
-        check_packing(self.activations, self.heldout.ids[:2], self.prefix, self.world.device)
+        check_packing(self.activations, self.heldout.ids[:2], self.prefix, self.world.device, self.world)
         stop = EarlyStop(self.settings.stop)
         ended = f"all {self.settings.steps} steps done"
         saved = self.checkpoints.resume(self.engine) if self.checkpoints is not None else None
@@ -160,7 +160,8 @@ class Refiner:
                 if last or (step + 1) % self.settings.stop.every == 0:
                     with self.runlog.paused():
                         after = self.look(step + 1)
-                    reason = stop.reason(after.cross)
+                    # On different GPUs the last bit may differ, and a rank that stopped alone would leave the others.
+                    reason = stop.reason(self.world.gather(after.cross)[0])
                 self.measure(step + 1, now=reason is not None)
                 if reason is not None:
                     ended = reason

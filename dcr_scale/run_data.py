@@ -94,7 +94,7 @@ def describe(config: Config) -> str:
             f"{config.run.folder / 'refined'}"
         )
     if data.asked:
-        lines.append(f"answers: the model's own to {len(data.asked)} seemingly toxic prompts, for stage 2")
+        lines.append(f"answers: the model's own to at most {len(data.asked)} seemingly toxic prompts, for stage 2")
     if config.align is not None and data.pools is not None:
         rehearsed = config.align.rehearsal.batch_size if config.align.rehearsal.weight else 0
         general, refused, answered = data.pools.counts(len(data.mixture))

@@ -6,28 +6,31 @@ All of it reaches into DeepSpeed's own parts, and none of it is needed elsewhere
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
-import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 from torch import nn
 
-# Gradients that are looked at at once for infinities.
-_OVERFLOW_CHUNK = 2**24
-
 
 class UndefinedWeights(deepspeed.zero.Init):
-    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut."""
+    """As zero.Init, but rank 0 does not send every parameter to the others before it is cut, and only parameters
+    change their dtype.
+
+    zero.Init would give its dtype to all that ``torch.arange`` and its like return meanwhile. Rotary frequencies, which
+    no checkpoint holds, would be computed and kept in bf16 (DeepSpeed #4932).
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device], **settings)
 
     def _zero_init_param(self, param: Any) -> None:
+        param.data = param.data.to(self.dtype)
         self._convert_to_deepspeed_param(param)
         param.partition()
 
@@ -53,27 +56,6 @@ def gathered_by(offload: Any, coordinator: Any) -> Iterator[None]:
         # Modules whose inputs need no gradient wait for a hook that never comes.
         coordinator.release_backward_leftovers()
         offload.param_coordinator = usual
-
-
-def look_for_overflow_in_chunks(optimizer: Any) -> None:
-    """Have ZeRO-3 look for non-finite gradients a chunk at a time.
-
-    DeepSpeed 0.19.8 asks ``isinf`` of all of a rank's gradients at once, which takes 5 bytes a gradient beside them:
-    with a 28B trunk on 8 GPUs 16 GiB on each.
-    """
-    whole_buffer = optimizer.has_overflow
-
-    def has_overflow(partition_gradients: bool = True) -> bool:
-        gradients = optimizer.grad_partitions_flat_buffer
-        with get_accelerator().stream(optimizer.reduce_and_partition_stream):
-            finite = torch.stack([chunk.isfinite().all() for chunk in gradients.split(_OVERFLOW_CHUNK)]).all()
-            optimizer.grad_partitions_flat_buffer = torch.where(finite, 0.0, math.inf)[None]
-        try:
-            return whole_buffer(partition_gradients)
-        finally:
-            optimizer.grad_partitions_flat_buffer = gradients
-
-    optimizer.has_overflow = has_overflow
 
 
 def mark_leaves(module: nn.Module) -> None:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from dcr_scale import engine as engines
 from dcr_scale.build_lock import remove_stale_lock
 from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
+from dcr_scale.models.trunk import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -133,6 +135,40 @@ def test_partitioned_modules_are_built_in_the_dtype_asked_for(
     assert module.weight.numel() == 0, "the parameter is whole, not partitioned"
     with engines.whole(module.parameters()):
         assert (tuple(module.weight.shape), module.weight.dtype) == ((4, 8), dtype)
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config, MixtralConfig])
+def test_buffers_of_a_partitioned_model_are_those_of_one_built_plainly(
+    alone: None, family: type[PretrainedConfig]
+) -> None:
+    """Rotary frequencies above all: nothing computes them again, and bf16 would turn late tokens by wrong angles."""
+    settings = EngineConfig(precision="bf16")
+    engines.start(settings)
+    shape = {"vocab_size": 11, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = family(**shape, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+
+    def build() -> PreTrainedModel:
+        return build_model(config, attention="eager", dtype=torch.bfloat16)
+
+    with engines.partitioned(settings, torch.bfloat16, CPU):
+        partitioned = build()
+    expected = dict(build().named_buffers())
+    found = dict(partitioned.named_buffers())
+    assert found.keys() == expected.keys()
+    assert "model.rotary_emb.inv_freq" in found
+    for name, buffer in found.items():
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, expected[name]), name
+    assert {parameter.ds_tensor.dtype for parameter in partitioned.parameters()} == {torch.bfloat16}
+
+
+def test_a_parameter_that_asks_for_another_dtype_follows_the_training(alone: None) -> None:
+    """ZeRO-3 takes all parameters of an engine to be of one dtype."""
+    settings = EngineConfig(precision="bf16")
+    engines.start(settings)
+    with engines.partitioned(settings, torch.bfloat16, CPU):
+        module = nn.Linear(8, 4, dtype=torch.float32)
+    assert {parameter.ds_tensor.dtype for parameter in module.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -59,7 +59,7 @@ def test_prompts_are_seemingly_toxic_ones_that_are_trained_on(config: str) -> No
     assert len(waiting) == 4 and set(waiting) < set(data.asked)
     assert training_prompts(loaded)["data.answered"] == [one.prompt for one in data.asked]
     text = describe(loaded)
-    assert f"answers: the model's own to {ASKED} seemingly toxic prompts" in text
+    assert f"answers: the model's own to at most {ASKED} seemingly toxic prompts" in text
     assert "4 answered prompts)" in text and "no more" not in text
     assert "; of 5 refusals there are no more)" in describe(load_config(config, [*SETTINGS, "align.examples=null"]))
 
@@ -97,6 +97,32 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_it_is_aske
             pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu")))
         loaded.data.overlong = "drop"
         assert pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu"))).questions == []
+
+
+def test_a_model_whose_attention_sdpa_cannot_compute_is_asked_all_the_same(tmp_path: Path, alone: None) -> None:
+    settings = toy_settings(tmp_path, toy_checkpoint(tmp_path / "model", "gemma2"))
+    loaded = load_config(str(write_config(tmp_path, settings)), SETTINGS)
+    run = pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu")))
+    answered, _ = own_answers.answered_by(run._open(run.source), run.questions, 4, run.encoder, loaded, run.world)
+    assert {one.prompt for one in answered} <= {one.prompt for one in run.questions}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "at_once"),
+    [(1, [4]), (2, [8]), (3, [12, 8]), (5, [20]), (8, [20])],
+)
+def test_a_model_is_asked_until_it_has_given_enough_answers(
+    config: str, alone: None, wanted: int, at_once: list[int]
+) -> None:
+    """Each time it answers the first two."""
+    loaded, calls = load_config(config, SETTINGS), []
+    run = pipeline.Run(loaded, World(0, 1, 0, 1, torch.device("cpu")))
+    prompts = [replace(run.questions[0], prompt=f"How do I kill process {number}?") for number in range(20)]
+    with answers_to(2, calls):
+        found, asked = own_answers.answered_by(run._open(run.source), prompts, wanted, run.encoder, loaded, run.world)
+    assert [len(call) for call in calls] == at_once and asked == sum(at_once)
+    assert [prompt for call in calls for prompt in call] == [one.prompt for one in prompts[:asked]]
+    assert len(found) == 2 * len(at_once) and all(one.response.endswith(one.prompt) for one in found)
 
 
 @pytest.mark.slow
@@ -149,7 +175,7 @@ def ask(config: str, partitioned: str) -> tuple[list[tuple[str, str]], int]:
         run = Run(loaded, engines.start(loaded.engine))
         model = run._open(run.source)
         held = len(parameter_offload.FWD_MODULE_STACK)  # what earlier tests left on a borrowed rank
-        found = own_answers.answered_by(model, run.data.asked, run.encoder, loaded, run.world)
+        found, _ = own_answers.answered_by(model, run.data.asked, ASKED, run.encoder, loaded, run.world)
     assert all(one.source == OWN for one in found)
     return [(one.prompt, one.response) for one in found], len(parameter_offload.FWD_MODULE_STACK) - held
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,6 +71,32 @@ def test_recomputed_layers_give_the_same_run(tmp_path: Path, ranks: RankPool) ->
         plain, recomputed = (tensors(tmp_path / str(on) / stage) for on in (False, True))
         for name, values in plain.items():
             assert torch.allclose(recomputed[name], values, atol=1e-6), f"{stage}: {name}"
+
+
+def updates_of_a_run_whose_ranks_see_other_cosines(config: str, *overrides: str) -> int:
+    """On each rank: stage 1's updates, where the second rank alone finds the classes apart."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from dcr_scale import engine as engines
+    from dcr_scale import refine
+    from dcr_scale.config import load_config
+    from dcr_scale.pipeline import Run
+
+    cross = 0.9 if os.environ["RANK"] == "0" else 0.0
+    separation = refine.separation
+    loaded = load_config(config, list(overrides))
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        mock.patch.object(refine, "separation", lambda *given: replace(separation(*given), cross=cross)),
+    ):
+        return Run(loaded, engines.start(loaded.engine)).run()["refine"]["updates"]
+
+
+def test_ranks_stop_stage_1_together_or_not_at_all(tmp_path: Path, ranks: RankPool) -> None:
+    source = toy_checkpoint(tmp_path / "model", "llama")
+    config = str(write_config(tmp_path, toy_settings(tmp_path, source)))
+    overrides = ["refine.stop.cross_cosine=0.2", "refine.retention.weight=0", "align=null", "look.enabled=false"]
+    updates = updates_of_a_run_whose_ranks_see_other_cosines
+    assert ranks.run(updates, config, *overrides, world_size=2, timeout=120.0) == [4, 4]
 
 
 def test_a_look_at_fewer_prompts_than_ranks_sees_what_one_rank_sees(

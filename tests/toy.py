@@ -19,6 +19,7 @@ from rank_pool import free_port
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -56,6 +57,8 @@ _FAMILIES = {
     "qwen3-moe": lambda **more: Qwen3MoeConfig(
         **_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **more
     ),
+    # Attention scores are capped, which transformers' SDPA refuses.
+    "gemma2": lambda **more: Gemma2Config(**_SHAPE, **more),
 }
 
 # One family each: a verb with a harmless and a harmful object, in as many wordings as there are frames.
@@ -112,7 +115,7 @@ def toy_checkpoint(
 ) -> Path:
     """Save a random model of four layers with tokenizer and generation config to ``folder``; returns the folder.
 
-    ``family`` is llama, qwen3 or qwen3-moe; ``sharded`` cuts the weights into files of at most 40 kB.
+    ``family`` is llama, qwen3, qwen3-moe or gemma2; ``sharded`` cuts the weights into files of at most 40 kB.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_FAMILIES[family](tie_word_embeddings=tied), dtype=dtype)

@@ -20,6 +20,7 @@ from dcr_scale.config import EngineConfig, ModelConfig
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.splitting import seeded_order
 from dcr_scale.errors import UserError
+from dcr_scale.evaluation.generation import padded_attention
 from dcr_scale.models.loading import Placement, find_source, open_source, read_tokenizer
 from dcr_scale.models.trunk import read_config
 from dcr_scale.own_answers import own_answers
@@ -122,7 +123,7 @@ def load_whole(model: ModelConfig, system_prompt: str | None, world: World) -> t
     placement = Placement.choose(
         "no",
         stored.checkpoint,
-        attention="sdpa",
+        attention=padded_attention(config),
         dtype=engines.compute_dtype(settings, world.device),
         settings=settings,
         world=world,

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from dcr_scale.evaluation import decoding_cache
@@ -233,13 +233,18 @@ class _Greedy:
 def dense_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention over padded rows, as transformers computes it itself; packed prompts have one of their own."""
     before = model.config._attn_implementation
-    # SDPA cannot cap scores.
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    model.set_attn_implementation("eager" if capped else "sdpa")
+    model.set_attn_implementation(padded_attention(model.config))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def padded_attention(config: PretrainedConfig) -> str:
+    """transformers' name for its fastest attention over padded rows that such a model can take."""
+    # SDPA cannot cap scores.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else "sdpa"
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -141,7 +141,6 @@ class Looker:
         model = placement.load(stored, self.config.model)
         with placement.running(ResponseLoss(model)) as run:
             perplexity = self._perplexity(run)
-            model.set_attn_implementation("sdpa")
             answers = by_class(self._answers(name, model, placement.partitioned))
         return Look(found, self.layer, {of: Rates.of(own) for of, own in answers.items()}, perplexity)
 

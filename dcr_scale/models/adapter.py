@@ -108,7 +108,7 @@ def _append(
             if not writes or failure is not None:
                 continue
             try:
-                with disk.descriptor(path, os.O_RDWR) as opened:
+                with disk.descriptor(path, os.O_WRONLY) as opened:
                     data = disk.bytes_of(factor.detach().cpu().contiguous().view(-1))
                     disk.write(opened, data, os.fstat(opened).st_size)
             except OSError as error:

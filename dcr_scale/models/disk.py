@@ -41,7 +41,11 @@ def bytes_of(values: torch.Tensor) -> memoryview:
 
 
 def write(opened: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at byte ``offset``."""
+    """Write all of ``data`` at byte ``offset`` of a file that is open for writing only.
+
+    Other nodes may write what lies before and behind. Where the file can be read as well, Linux's NFS client fetches
+    the page around and may send the whole of it back, over what they have written.
+    """
     done = 0
     while done < len(data):
         done += os.pwrite(opened, data[done : done + CHUNK_BYTES], offset + done)

@@ -177,7 +177,7 @@ class _Export(Phases):
         for file in {span.file: None for span in spans}:
             with (
                 disk.descriptor(self.source.folder / file, os.O_RDONLY) as reading,
-                disk.descriptor(self.partial / file, os.O_RDWR) as writing,
+                disk.descriptor(self.partial / file, os.O_WRONLY) as writing,
             ):
                 for span in spans:
                     if span.file != file:
@@ -383,7 +383,7 @@ class _Files(ExitStack):
 
     def __getitem__(self, file: str) -> int:
         if file not in self._opened:
-            self._opened[file] = self.enter_context(disk.descriptor(self._folder / file, os.O_RDWR))
+            self._opened[file] = self.enter_context(disk.descriptor(self._folder / file, os.O_WRONLY))
         return self._opened[file]
 
     def sync(self) -> None:

@@ -127,7 +127,7 @@ def _measured(config: Config, folder: Path) -> Lengths:
         if config.align is not None and example.response
     ]
     examples = [example for example in found if example is not None]
-    # The model has yet to answer these; few answers are shorter than the limit.
+    # The model has yet to answer these, with as many tokens as the limit at most.
     asked = own([example.prompt for example in data.mixture if not example.response], "prompts to answer")
     room = config.align.max_tokens - prefix if config.align is not None else 0
     asked = tuple(length for length in asked if length < room)

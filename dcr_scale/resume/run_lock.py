@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 FILE = "lock"
 # A rank of a job that was killed may outlive it by the time its launcher takes to notice.
 _PATIENCE_SECONDS = 15.0
+# Lustre mounted without -o flock, NFS without its lock daemon.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class RunLock:
@@ -26,7 +29,7 @@ class RunLock:
 
     The first rank needs the lock for itself before it shares it with its own ranks: it then knows that none of an
     earlier job's is left to write into what this one makes. Every rank builds it. Raises UserError on all of them
-    where another job does not leave.
+    where another job does not leave. On a file system without locks it warns, and nobody is kept out.
     """
 
     def __init__(self, folder: Path, world: World):
@@ -42,14 +45,14 @@ class RunLock:
                 # Where ranks share no file system, each node has a folder of its own.
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("a+", encoding="utf-8")
-                fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def _take(self) -> None:
         assert self._file is not None
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -64,7 +67,22 @@ class RunLock:
         self._file.truncate()
         self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         self._file.flush()
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        self._lock(fcntl.LOCK_SH)
+
+    def _lock(self, how: int) -> None:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, how)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            # The first rank begins with this one: it is said once.
+            if how & fcntl.LOCK_EX:
+                log.warning(
+                    "%s: this file system has no locks (%s), so nothing keeps a second job out of the folder: start "
+                    "none there while this one runs, or set run.dir to a folder on another disk",
+                    self._file.name, error.strerror,
+                )  # fmt: skip
 
     def release(self) -> None:
         if self._file is not None:

@@ -50,7 +50,7 @@ def write_own(engine: Engine, folder: Path, world: World) -> Checksums:
     path, parts = folder / FILE, Checksums()
     with world.agreed(path):
         stored = Checkpoint.of_file(path)
-        with disk.descriptor(path, os.O_RDWR) as opened:
+        with disk.descriptor(path, os.O_WRONLY) as opened:
             for name, key, (start, values) in engine.own_states():
                 begins = stored.tensors[f"{name}.{key}"].start
                 checksum = 0

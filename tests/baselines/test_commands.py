@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dcr_scale import baselines, own_answers
 from dcr_scale.baselines import command
 from dcr_scale.baselines.prompts import Name, read_prompts
+from dcr_scale.baselines.residual import left_padded, residuals
 from dcr_scale.baselines.scans import Scans
 from dcr_scale.baselines.surgical import Surgical
 from dcr_scale.config import DataConfig, ModelConfig, Source
@@ -42,6 +43,14 @@ def files(tmp_path: Path) -> dict[Name, str | None]:
 
     harmless = str(write_jsonl(tmp_path / "harmless.jsonl", general_rows()))
     return {"seemingly_toxic": of("seemingly_toxic"), "toxic": of("toxic"), "harmless": harmless}
+
+
+def test_a_model_whose_attention_sdpa_cannot_compute_takes_padded_rows_too(tmp_path: Path, alone: None) -> None:
+    path = toy_checkpoint(tmp_path, "gemma2")
+    model, _ = command.load_whole(ModelConfig(path=str(path)), None, World(0, 1, 0, 1, torch.device("cpu")))
+    ids, mask = left_padded([[5, 6, 7], [5, 6, 7, 8, 9]], torch.device("cpu"))
+    alone_11LD, padded_BPLD = residuals(model, ids[:1, -3:], mask[:1, -3:], [-1]), residuals(model, ids, mask, [-1])
+    torch.testing.assert_close(padded_BPLD[:1], alone_11LD)
 
 
 @pytest.mark.parametrize(("method", "options"), [("surgical", {"positions": 1}), ("scans", {})])

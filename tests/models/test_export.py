@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(disk, "CHUNK_BYTES", 4096)
     export_on_rank(str(tmp_path / "source"), str(tmp_path / "fallback"), "llama", 0, 1)
     assert contents(tmp_path / "kernel") == contents(tmp_path / "fallback")
+
+
+def test_files_that_others_write_too_are_open_for_writing_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the NFS client of a node may send a whole page back, over the bytes of another node."""
+    source = tmp_path / "source"
+    save_toy(source, "mixtral")
+    written: list[int] = []
+    pwrite = os.pwrite
+
+    def seen(opened: int, data: memoryview, offset: int) -> int:
+        written.append(fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE)
+        return pwrite(opened, data, offset)
+
+    monkeypatch.setattr(disk.os, "pwrite", seen)
+    assert export_on_rank(str(source), str(tmp_path / "out"), "mixtral", 0, 1) is None
+    assert set(written) == {os.O_WRONLY}
 
 
 def test_other_weights_stay_behind_and_templates_come_along(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ from dcr_scale.models.trunk import (
     read_config,
     truncated,
 )
+from dcr_scale.world import World
 
 SETTINGS = {"attention": attention.SDPA, "dtype": torch.float32}
 L = 4
@@ -254,6 +256,41 @@ class Mixing(nn.Module):
 def test_a_model_that_mixes_tokens_outside_attention_is_found_out(prefix):
     with pytest.raises(UserError, match=r"activations move by \d+% when another prompt is put in front"):
         check_packing(Mixing(), PROMPTS, prefix, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@torch.no_grad()
+def test_activations_that_are_not_finite_are_called_so(value):
+    model = Mixing()
+    model.embedding.weight[9, 3] = value
+    with pytest.raises(UserError, match=r"activations are not finite, before anything has trained"):
+        check_packing(model, PROMPTS, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("off", [-math.inf, torch.finfo(torch.float32).min])
+@torch.no_grad()
+def test_tokens_that_a_head_switches_off_hide_no_leak(off):
+    class Head(Mixing):
+        def forward(self, batch):
+            return torch.cat([super().forward(batch), torch.full((batch.layout.tokens, 4), off)], dim=-1)
+
+    with pytest.raises(UserError, match="activations move by"):
+        check_packing(Head(), PROMPTS, 0, torch.device("cpu"))
+
+
+class BesideAnother(World):
+    """The first of two ranks; the other's check has failed."""
+
+    def gather(self, value):
+        return [value, "the other's"]
+
+
+@torch.no_grad()
+def test_where_one_rank_fails_the_check_all_do():
+    world = BesideAnother(0, 2, 0, 2, torch.device("cpu"))
+    with pytest.raises(UserError, match="the other's") as caught:
+        check_packing(trunk_of(whole_model("llama"), 2), PROMPTS, 0, world.device, world)
+    assert caught.value.agreed
 
 
 @pytest.mark.parametrize("prefix", [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -372,3 +373,17 @@ def test_one_job_at_a_time(config: Path, tmp_path: Path, alone: None, monkeypatc
         begin(config, folder, *SHORT)
     held.release()
     begin(config, folder, *SHORT)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_no_run(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", without)
+    with caplog.at_level(logging.WARNING, "dcr_scale.resume.run_lock"):
+        run_lock.RunLock(tmp_path, World(0, 1, 0, 1, torch.device("cpu"))).release()
+    (said,) = caplog.messages
+    assert f"lock: this file system has no locks ({os.strerror(code)})" in said
