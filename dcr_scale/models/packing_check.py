@@ -50,8 +50,10 @@ def check_packing(
 
 
 def found_leak(alone_TD: Tensor, together_TD: Tensor) -> str | None:
-    """What is wrong where a prompt's activations [T, D] differ beyond rounding, alone and behind another. None where they
-    do not, and where they are not finite, which says nothing of it."""
+    """What is wrong where a prompt's activations [T, D] alone and behind another differ beyond rounding, in words.
+
+    None where they do not, and where they are not finite, which says nothing of it.
+    """
     moved = _moved(alone_TD, together_TD)
     if not moved > _TOLERANCE or not math.isfinite(moved):
         return None
