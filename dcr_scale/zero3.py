@@ -23,7 +23,7 @@ class UndefinedWeights(deepspeed.zero.Init):
     change their dtype.
 
     zero.Init would give its dtype to all that ``torch.arange`` and its like return meanwhile. Rotary frequencies, which
-    no checkpoint holds, would be computed and kept in bf16 (DeepSpeed #4932).
+    no checkpoint holds, would be computed and kept in bf16.
     """
 
     def __init__(self, **settings: Any):
