@@ -168,7 +168,8 @@ class Run:
         """Put a number in the place of ``refine.layer: auto``, for everything that follows."""
         began = self._begin("layer_choice")
         choice = measure_layer(self.config, model, self.contrast.heldout, self.encoder.prefix, self.world)
-        settings.layer = choice.layer
+        # Of unlike GPUs the last bit may decide otherwise; what is written down is the first rank's.
+        settings.layer = self.world.gather(choice.layer)[0]
         self._write_config()
         self.facts["layer_choice"] = choice.as_dict()
         self.runlog.record("layer_choice", 0, {"layer": choice.layer, "reason": choice.reason})
