@@ -26,12 +26,7 @@ from dcr_scale.study.verdict import perplexity_ratios, shown, verdict
 
 def write(records: Path, page: Path | None) -> str:
     """Bring the page's blocks and pictures up to date, and return its first table. None: only the table."""
-    found, suites = read_records(records)
-    classes = {name: suite["class"] for name, suite in suites.items()}
-    lines = curves(found, classes)
-    if "stl" not in lines:
-        raise UserError(f"{records}: no seed of STL has all its shares yet; there is nothing to compare with")
-    headline = comparison(lines, curves(found, classes, by="phrases"))
+    found, suites, lines, headline = _compared(records)
     if page is not None:
         folder = page.parent / "pictures"
         folder.mkdir(exist_ok=True)
@@ -60,19 +55,24 @@ def write(records: Path, page: Path | None) -> str:
 
 def confirm(records: Path, page: Path | None) -> str:
     """The same of the confirmation, which has a block of its own."""
+    found, suites, lines, headline = _compared(records)
+    answers = [answer for answer in verdict(lines, found, CLAIMED[-1]) if answer[-1] != "not measured"]
+    if page is not None:
+        parts = [headline, _table([_goals(CLAIMED[-1]), *answers]), setting(found, suites)]
+        page.write_text(
+            filled(page.read_text(encoding="utf-8"), {"confirmation": "\n\n".join(parts)}), encoding="utf-8"
+        )
+    return headline
+
+
+def _compared(records: Path) -> tuple[list[dict], dict[str, dict], dict[str, Curve], str]:
+    """The records, their suites, the curves by the judge, and every method against STL."""
     found, suites = read_records(records)
     classes = {name: suite["class"] for name, suite in suites.items()}
     lines = curves(found, classes)
     if "stl" not in lines:
         raise UserError(f"{records}: no seed of STL has all its shares yet; there is nothing to compare with")
-    compared = comparison(lines, curves(found, classes, by="phrases"))
-    answers = [answer for answer in verdict(lines, found, CLAIMED[-1]) if answer[-1] != "not measured"]
-    if page is not None:
-        parts = [compared, _table([_goals(CLAIMED[-1]), *answers]), setting(found, suites)]
-        page.write_text(
-            filled(page.read_text(encoding="utf-8"), {"confirmation": "\n\n".join(parts)}), encoding="utf-8"
-        )
-    return compared
+    return found, suites, lines, comparison(lines, curves(found, classes, by="phrases"))
 
 
 def filled(text: str, blocks: Mapping[str, str]) -> str:
