@@ -46,8 +46,9 @@ class Sink(Protocol):
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> Sequence[Tensor]:
         """What the backward pass will need, for each unit, of an input that all of them read; finite where it is."""
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
-        """The gradient Σ δ aᵀ of a linear or of experts."""
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> Tensor | None:
+        """The gradient Σ δ aᵀ of a linear or of experts. Returns what is made of all of δ, finite where that is, the
+        smaller the cheaper to look at; None where δ need not be."""
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         """The gradient of a table of token vectors."""
@@ -180,8 +181,7 @@ class Capture:
         self._begin_at(output)
 
         def receive(delta: Tensor) -> None:
-            self._note(unit, delta)
-            self._sink.product(unit, kept, delta.reshape(rows, -1), None)
+            self._note(unit, self._sink.product(unit, kept, delta.reshape(rows, -1), None))
 
         output.register_hook(receive)
 
@@ -191,8 +191,7 @@ class Capture:
         self._begin_at(output_MD)
 
         def receive(delta_MD: Tensor) -> None:
-            self._note(unit, delta_MD)
-            self._sink.product(unit, kept, delta_MD, routing)
+            self._note(unit, self._sink.product(unit, kept, delta_MD, routing))
 
         output_MD.register_hook(receive)
 

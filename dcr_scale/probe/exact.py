@@ -59,7 +59,7 @@ class GhostSink(Sink):
             inputs_MD = inputs_MD[:, :0]
         return torch.cat([inputs_MD, inputs_MD.new_ones(len(inputs_MD), 1)], dim=1) if unit.bias else inputs_MD
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> Tensor:
         layout = self._layout
         if routing is not None:
             kept, delta_MD = kept[routing.inverse], delta_MD[routing.inverse]
@@ -68,6 +68,7 @@ class GhostSink(Sink):
         self._keep(unit, delta_MD)
         # Every copy of the prompt has the same inputs.
         self._append(self.factors.inputs, unit, self._rows(kept)[0])
+        return delta_MD
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         self._keep(unit, delta_TD)

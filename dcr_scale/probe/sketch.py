@@ -94,7 +94,7 @@ class SketchSink(Sink):
             entered.append(projected)
         return entered
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> Tensor:
         project = self.projections.project
         if routing is None:
             delta = project(unit.name, "out", delta_MD)
@@ -106,6 +106,7 @@ class SketchSink(Sink):
             delta, kept = torch.cat(each, dim=-1)[..., routing.inverse], kept[..., routing.inverse]
         strips = self.projections.strips
         self._outer(unit, delta, kept, strips(delta_MD.shape[1]) * strips(unit.shape[1]))
+        return delta
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         met, which = ids_T.unique(return_inverse=True)

@@ -167,9 +167,9 @@ class TailSizes(Sink):
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> list[Tensor]:
         return [inputs_MD.sum()] * len(units)
 
-    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> None:
+    def product(self, unit: Unit, kept: Tensor, delta_MD: Tensor, routing: Routing | None) -> Tensor:
         if unit.name not in self._tail:
-            return
+            return delta_MD
         pooled = self.pooled
         key_M, experts = _keys(pooled, routing, unit)
         inside = pooled.share[_tokens(pooled, routing)] > 0
@@ -183,6 +183,7 @@ class TailSizes(Sink):
         gram_BB.index_put_((row_K[:, None], row_K[None, :]), met_KK, accumulate=True)
         self._squares[unit.name] += float(gram_BB.square().sum() - gram_BB.diagonal().square().sum())
         self._pairs[unit.name] += pooled.rows * (pooled.rows - 1)
+        return delta_MD
 
     def lookup(self, unit: Unit, ids_T: Tensor, delta_TD: Tensor) -> None:
         return None
