@@ -36,11 +36,11 @@ def check_packing(
     first, second = encoded[0], encoded[1]
     together_TD = activations(pack([first, second], prefix=prefix, device=device))[-(len(second) - prefix) :]
     alone_TD = activations(pack([second], prefix=prefix, device=device))[prefix:]
-    moved = _moved(alone_TD, together_TD)
+    finite = math.isfinite(_moved(alone_TD, together_TD))
     leak = found_leak(alone_TD, together_TD)
     # What ranks compute may differ, by a last bit or by a broken GPU.
     with world.agreed() if world is not None else nullcontext():
-        if not math.isfinite(moved):
+        if not finite:
             raise UserError(
                 "the model's activations are not finite, before anything has trained: its weights are damaged, or a "
                 "device computes them wrongly; get the checkpoint anew, or try engine.precision=fp32"
