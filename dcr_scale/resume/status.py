@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Status:
         self._latest.update(facts)
         if self.rank and state != "failed":
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps({"state": state, **self._latest, "time": now, **self.about, "rank": self.rank}, indent=1)
         partial = self.path.with_name(f"{FILE}.{self.rank}.partial")
         with suppress(OSError):
