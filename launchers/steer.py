@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from dcr_scale.command_line import exit_code, leave
-from dcr_scale.config import ModelConfig
+from dcr_scale.config import Config, ModelConfig, load_config
 from dcr_scale.errors import UserError
 
 # Which settings belong to which method, besides the KL limit of both.
@@ -22,14 +22,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", required=True, choices=sorted(_OWN))
     parser.add_argument("--model", required=True, help="local folder, Hub id, or smollm2-135m-instruct")
     parser.add_argument("--out", required=True, type=Path, help="file to write, without its ending")
-    for name, builtin in (("seemingly", "contrast set"), ("toxic", "contrast set"), ("harmless", "instructions")):
+    for name, part in (("seemingly", "data.contrast"), ("toxic", "data.contrast"), ("harmless", "data.general")):
         parser.add_argument(
             f"--{name}",
             metavar="FILE",
-            help=f"prompts: .jsonl, .csv, .parquet or hub:owner/name (default: the built-in {builtin})",
+            help=f"prompts: .jsonl, .csv, .parquet or hub:owner/name (default: {part} of --config)",
         )
-    parser.add_argument("--seed", type=int, default=0, help="the training run's: what it held out is not used here")
-    parser.add_argument("--system-prompt", help="system message of every chat (default: what the template puts)")
+    parser.add_argument("--config", help="the training run's: what it held out is not used (default: built-in data)")
+    parser.add_argument("--seed", type=int, help="the training run's (default: its configuration's)")
+    parser.add_argument("--system-prompt", help="system message of every chat (default: the run's)")
     parser.add_argument("--kl-limit", type=float, default=0.2, help="on harmless prompts, in nats (default: 0.2)")
     parser.add_argument("--orthogonal", type=float, help="surgical: share of the true vector taken out (default: 1)")
     parser.add_argument("--positions", type=int, help="surgical: candidates from the end (default: the template's)")
@@ -48,6 +49,9 @@ def fit() -> None:
                 raise UserError(f"--{name} is a setting of {method}, not of {given.method}; leave it out")
             if value is not None:
                 options[name] = value
+    config = load_config(given.config, []) if given.config else Config()
+    if given.system_prompt is not None:
+        config.data.system_prompt = given.system_prompt
     # Only now: a typing error should not wait for heavy imports.
     from dcr_scale.baselines.command import run
 
@@ -56,8 +60,8 @@ def fit() -> None:
         ModelConfig(path=given.model),
         given.out,
         files={"seemingly_toxic": given.seemingly, "toxic": given.toxic, "harmless": given.harmless},
-        seed=given.seed,
-        system_prompt=given.system_prompt,
+        data=config.data,
+        seed=config.run.seed if given.seed is None else given.seed,
         options=options,
     )
 

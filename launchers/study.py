@@ -20,10 +20,13 @@ ROOT = Path(__file__).parents[1]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--grid", nargs="+", default=["first", "second"], choices=("first", "second", "confirmation", "quick")
-    )
+        "--grid", nargs="+", default=["first", "second"], choices=("first", "second", "confirmation", "quick"),
+        help="cells to run (default: first second)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells side by side (default: one a core)")
-    parser.add_argument("--config", default=str(ROOT / "configs" / "study.yaml"))
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs" / "study.yaml"), help="where cells start (default: configs/study.yaml)"
+    )
     parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of checkpoints")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="research data sets")

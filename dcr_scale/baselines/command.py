@@ -16,7 +16,7 @@ from dcr_scale import engine as engines
 from dcr_scale.baselines import scans, surgical
 from dcr_scale.baselines.prompts import Name, read_prompts, read_set
 from dcr_scale.baselines.scores import Fitted
-from dcr_scale.config import EngineConfig, ModelConfig
+from dcr_scale.config import DataConfig, EngineConfig, ModelConfig
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.splitting import seeded_order
 from dcr_scale.errors import UserError
@@ -38,18 +38,23 @@ def run(
     out: Path,
     *,
     files: Mapping[Name, str | None],
+    data: DataConfig,
     seed: int,
-    system_prompt: str | None,
     options: Mapping[str, Any],
 ) -> Fitted:
     """Fit ``method`` on ``model`` and write ``out``.safetensors and ``out``.json, the table that it was chosen from.
 
-    ``options`` are keywords of the method's ``fit``. Raises UserError for whatever the user can put right.
+    Args:
+        files: a file for each set of prompts; None: what a run of ``data`` and ``seed`` trains on.
+        data: also for its system prompt.
+        options: keywords of the method's ``fit``.
+
+    Raises UserError for whatever the user can put right.
     """
     began = time.perf_counter()
     world = _alone()
-    prompts = read_prompts(files, seed=seed)
-    loaded, encoder = load_whole(model, system_prompt, world)
+    prompts = read_prompts(files, data, seed=seed)
+    loaded, encoder = load_whole(model, data.system_prompt, world)
     log.info(
         "%s on %s: %s", method, device_name(world.device),
         ", ".join(f"{len(side.train)} + {len(side.validation)} {name}" for name, side in prompts.items()),
@@ -60,7 +65,7 @@ def run(
         "model": model.path,
         "chosen": fitted.facts,
         "tried": fitted.tried,
-        "prompts": {name: path or "builtin" for name, path in files.items()},
+        "prompts": {name: path or _sources(data, name) for name, path in files.items()},
         "seed": seed,
         "device": device_name(world.device),
         **versions(),
@@ -79,20 +84,25 @@ def write_answers(
     out: Path,
     *,
     file: str | None,
+    data: DataConfig,
     seed: int,
     limit: int,
     max_new_tokens: int,
-    system_prompt: str | None,
 ) -> None:
-    """Ask ``model`` the seemingly toxic prompts of ``file``, or the built-in ones that a run of ``seed`` trains on, and
-    write what it answers as JSONL. Raises UserError for whatever the user can put right."""
+    """Ask ``model`` the seemingly toxic prompts of ``file``, or those that a run of ``data`` and ``seed`` trains on.
+
+    What it answers goes to ``out`` as JSONL. Raises UserError for whatever the user can put right."""
     world = _alone()
-    prompts = read_set("seemingly_toxic", file, seed=seed)
+    prompts = read_set("seemingly_toxic", file, data, seed=seed)
     asked = [p.text for p in seeded_order(prompts, lambda p: p.text, seed=seed, purpose="answers")[:limit]]
-    loaded, encoder = load_whole(model, system_prompt, world)
+    loaded, encoder = load_whole(model, data.system_prompt, world)
     rows = own_answers(loaded, encoder, asked, max_new_tokens=max_new_tokens)
     _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     log.info("%d of %d prompts answered; wrote %s", len(rows), len(asked), out)
+
+
+def _sources(data: DataConfig, name: Name) -> list[str]:
+    return [source.path for source in (data.general if name == "harmless" else data.contrast)]
 
 
 def _alone() -> World:

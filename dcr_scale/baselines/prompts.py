@@ -8,7 +8,7 @@ from typing import Literal
 
 from dcr_scale.config import DataConfig, Source
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.data.contrast import load_contrast
+from dcr_scale.data.contrast import GENERAL, load_contrast
 from dcr_scale.data.instructions import load_general
 from dcr_scale.data.sources import read_rows
 from dcr_scale.data.splitting import normalised, split_by_family
@@ -49,16 +49,16 @@ class EncodedSet:
 Prompts = Mapping[Name, Divided]
 
 
-def read_prompts(files: Mapping[Name, str | None], *, seed: int) -> Prompts:
+def read_prompts(files: Mapping[Name, str | None], data: DataConfig, *, seed: int) -> Prompts:
     """Read a file for each set that has one, and divide all by family.
 
-    A set without a file comes from the built-in data: seemingly toxic and toxic prompts from the contrast set,
-    harmless ones from the general instructions. Only what a run of this seed trains on is taken; what it holds out
-    stays unseen. Raises UserError for a file that cannot be read, a prompt in two sets, and a set of one family.
+    A set without a file is what a run of ``data`` and ``seed`` trains on: seemingly toxic and toxic prompts of its
+    contrast sources, harmless ones of its general instructions. What that run holds out stays unseen. Raises UserError
+    for a file that cannot be read, a prompt in two sets, and a set of one family.
     """
     prompts: list[Prompt] = []
     for name in NAMES:
-        prompts += read_set(name, files[name], seed=seed)
+        prompts += read_set(name, files[name], data, seed=seed)
     _check_apart(prompts)
     train, validation = split_by_family(
         prompts,
@@ -78,14 +78,15 @@ def read_prompts(files: Mapping[Name, str | None], *, seed: int) -> Prompts:
     return divided
 
 
-def read_set(name: Name, file: str | None, *, seed: int) -> list[Prompt]:
-    """A set's prompts out of its file or, without one, out of the built-in data's training side."""
+def read_set(name: Name, file: str | None, data: DataConfig, *, seed: int) -> list[Prompt]:
+    """A set's prompts out of its file or, without one, out of the training side of ``data``."""
     if file is not None:
         return _from_file(name, file)
     if name == "harmless":
-        return [Prompt(i.prompt, name, f"general {i.family}") for i in load_general(DataConfig(), seed).train]
-    train = load_contrast(DataConfig(), seed).train
-    return [Prompt(p.text, name, f"contrast {p.family}") for p in train if p.label == name]
+        return [Prompt(i.prompt, name, f"general {i.family}") for i in load_general(data, seed).train]
+    train = load_contrast(data, seed).train
+    # General instructions on the seemingly toxic side look like nothing of the kind, and are harmless ones' here.
+    return [Prompt(p.text, name, f"contrast {p.family}") for p in train if p.label == name and p.source != GENERAL]
 
 
 def encode(prompts: Prompts, encoder: ChatEncoder) -> dict[Name, EncodedSet]:

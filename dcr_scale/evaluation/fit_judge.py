@@ -245,28 +245,35 @@ def speed(examples: Sequence[Example]) -> float:
     return 60 * len(examples) / (time.process_time() - start)
 
 
+def _fit_and_report(data: Path, out: Path, seed: int) -> None:
+    examples = read_examples(data)
+    prepared = [prepare(example) for example in examples]
+    on = f"{len(examples)} human-labelled completions of {', '.join(sorted({e.model for e in examples}))}"
+    write(fit(prepared), out, on)
+    print(f"{report(examples, prepared, seed)}\n")
+    gated = Counter(degenerate.reason(example.completion) for example in examples)
+    print(f"Degenerate by the gate: {sum(n for why, n in gated.items() if why)} of {len(examples)}.\n")
+    print(
+        f"{speed(examples):,.0f} completions a minute on one core ({cpu_model()}). Python "
+        f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}.\n"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dcr_scale.evaluation.fit_judge", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of annotated completions, a CSV a model")
+    parser.add_argument("--data", type=Path, help="folder of annotated completions, a CSV a model: fit on them")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument("--also", type=Path, action="append", default=[], help="JSONL of prompt, completion, label")
     parser.add_argument("--seed", type=int, default=0, help="of the folds of prompts")
     chosen = parser.parse_args(arguments)
+    if chosen.data is None and not chosen.also:
+        parser.error("give --data to fit the judge, --also to hold the one there is against labels, or both")
     torch.set_num_threads(1)
     try:
-        examples = read_examples(chosen.data)
-        prepared = [prepare(example) for example in examples]
-        on = f"{len(examples)} human-labelled completions of {', '.join(sorted({e.model for e in examples}))}"
-        write(fit(prepared), chosen.out, on)
-        print(f"{report(examples, prepared, chosen.seed)}\n")
-        gated = Counter(degenerate.reason(example.completion) for example in examples)
-        print(f"Degenerate by the gate: {sum(n for why, n in gated.items() if why)} of {len(examples)}.\n")
+        if chosen.data is not None:
+            _fit_and_report(chosen.data, chosen.out, chosen.seed)
         for path in chosen.also:
             print(f"{agreement(path.name, read(path))}\n")
-        print(
-            f"{speed(examples):,.0f} completions a minute on one core ({cpu_model()}). Python "
-            f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}."
-        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dcr_kernels import pool
 from dcr_scale.data.packing import Pack, pack
@@ -20,7 +21,7 @@ from dcr_scale.world import World
 _COMPARED = 8
 
 
-def final_hidden(model: nn.Module, batch: Pack) -> Tensor:
+def final_hidden(model: PreTrainedModel, batch: Pack) -> Tensor:
     """A causal language model's final hidden states [T, D] of a pack's tokens."""
     return model.get_decoder()(
         input_ids=batch.input_ids,
@@ -32,7 +33,7 @@ def final_hidden(model: nn.Module, batch: Pack) -> Tensor:
 
 
 @torch.no_grad()
-def leak_between(model: nn.Module, encoded: Sequence[Sequence[int]]) -> str | None:
+def leak_between(model: PreTrainedModel, encoded: Sequence[Sequence[int]]) -> str | None:
     """What one prompt sees of another packed in front of it, in words, as this rank finds it; None where nothing.
 
     One forward pass of a few tokens: at the pack's beginning, a causal model's prompt is alone. Every rank of a
@@ -45,7 +46,7 @@ def leak_between(model: nn.Module, encoded: Sequence[Sequence[int]]) -> str | No
 
 @torch.no_grad()
 def rows_at_depths(
-    model: nn.Module,
+    model: PreTrainedModel,
     encoded: Sequence[Sequence[int]],
     depths: Sequence[int],
     *,

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,9 +40,11 @@ class Sink(Protocol):
 
     def begin(self, layout: TokenLayout) -> None:
         """A backward pass begins: what follows, up to :meth:`end`, are the gradients of this layout's rows."""
+        return None
 
     def end(self) -> None:
         """The backward pass is over."""
+        return None
 
     def enter(self, units: Sequence[Unit], inputs_MD: Tensor, routing: Routing | None) -> Sequence[Tensor]:
         """What the backward pass will need, for each unit, of an input that all of them read; finite where it is."""
@@ -65,12 +68,14 @@ class Capture:
             would wait for this one in their next pass.
     """
 
-    def __init__(self, model: nn.Module, inventory: Inventory):
+    # The current pass's.
+    _sink: Sink
+    _layout: TokenLayout
+    _hidden: Tensor
+
+    def __init__(self, model: PreTrainedModel, inventory: Inventory):
         self.model, self.inventory = model, inventory
         self.failure: str | None = None
-        self._sink: Sink | None = None
-        self._layout: TokenLayout | None = None
-        self._hidden: Tensor | None = None
         self._backward = False
         # A unit's name, and the sum of what came by: not finite as soon as one number is not.
         self._sums: list[tuple[str, Tensor]] = []
@@ -118,7 +123,7 @@ class Capture:
         self._seen.clear()
         logits = self.model(**inputs).logits
         hidden_BD = self._hidden.reshape(-1, self._hidden.shape[-1])[layout.last]
-        self._hidden = None
+        del self._hidden
         self._inputs.forget()
         for number, cotangent_BD in enumerate(cotangents_BD, start=1):
             sink.begin(layout)
@@ -283,7 +288,8 @@ class Capture:
     def _clear(self) -> None:
         global _active
         _active = None
-        self._sink = self._layout = self._hidden = None
+        for name in ("_sink", "_layout", "_hidden"):
+            vars(self).pop(name, None)
         self._backward = False
         self._inputs.forget()
         self._sums.clear()
@@ -376,13 +382,14 @@ class Capture:
 
 
 def _experts_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    assert _active is not None, "a model is told to run its experts here for the time of a measurement"
     return run_experts(module, hidden, index, weights, _active.experts_product)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)
 
 
-def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The layers that recompute their activations in the backward pass."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
 

@@ -30,6 +30,7 @@ class Factors:
 
     ``inputs``: [T, columns] of a product; ``experts``: the expert of each row; ``deltas``: [D, T, rows], one for each
     direction of the hidden state. Of a lookup, ``tokens`` [T] stand for the inputs. ``vectors``: [D, length].
+    ``hidden``: [D], the final hidden state, known after the pass.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Factors:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     deltas: dict[str, Tensor] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    hidden: Tensor | None = None
+    hidden: Tensor = field(init=False)
 
 
 class GhostSink(Sink):
@@ -132,7 +133,7 @@ def _compare(capture: Capture, head: Head, weight_VD: Tensor, left: Factors, rig
     for unit in inventory.units:
         theta[unit.slice] += _ghost(unit.name, left, right)
     c = (left.hidden @ right.hidden) * float(head.counts) + float(head.bias_counts)
-    first, second = (), ()
+    first = second = None
     if head.crosses:
         name = next(unit.name for unit in inventory.units if unit.parameter is head.weight)
         # X = Σ_t e_{token t} (W F_t h)ᵀ with F_t the Jacobian of the hidden state by the embedding of token t.
@@ -144,7 +145,7 @@ def _compare(capture: Capture, head: Head, weight_VD: Tensor, left: Factors, rig
         rows = slice(start, min(start + _HEAD_ROWS, head.vocabulary))
         kernel_vV = weight_VD[rows] @ theta.sum(dim=0) @ weight_VD.T
         kernel_vV.diagonal(start).add_(c)
-        if head.crosses:
+        if first is not None and second is not None:
             tokens, values_TV = first
             mine = (tokens >= rows.start) & (tokens < rows.stop)
             kernel_vV.index_add_(0, tokens[mine] - start, values_TV[mine])

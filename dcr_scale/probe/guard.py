@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dcr_scale.models import attention
 from dcr_scale.probe.capture import checkpointed_layers
@@ -18,7 +19,7 @@ _LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_
 _OURS = (attention.FLASH_ATTN, attention.TORCH_VARLEN, attention.SDPA)
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model in ``model``, which may be a DeepSpeed engine."""
     return model.module if hasattr(model, "micro_steps") else model
 
@@ -49,7 +50,7 @@ def check_between_updates(engine: Any) -> None:
         )
 
 
-def check_ready(model: nn.Module) -> None:
+def check_ready(model: PreTrainedModel) -> None:
     """Raise ValueError, naming the module, for a model whose passes would be random or could not be watched."""
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, which records no gradients; measure outside of it")
@@ -108,7 +109,7 @@ def unnoticed(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def borrowed(model: nn.Module, packed: bool, dtype: torch.dtype) -> Iterator[None]:
+def borrowed(model: PreTrainedModel, packed: bool, dtype: torch.dtype) -> Iterator[None]:
     """Frozen, in evaluation mode, with the attention that ``packed`` needs; on leaving, as it was.
 
     Asserts on leaving that no gradient was touched and that ZeRO-3 holds nothing gathered that it did not before.

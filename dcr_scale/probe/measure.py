@@ -243,20 +243,24 @@ class KernelProbe:
         vocabulary = shape_of(self._model.get_input_embeddings().weight)[0]
         encoded = []
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if self._encoder is None:
-                    raise ValueError(f"{what}[{i}] is text: give the probe a tokenizer, or prompts as token ids")
-                prompt = self._encoder.encode(prompt)
-            try:
-                encoded.append(tuple(index(token) for token in prompt))
-            except TypeError as error:
-                raise ValueError(f"{what}[{i}] is neither text nor a list of token ids: {error}") from error
-            if not encoded[-1]:
+            ids = self._ids(prompt, f"{what}[{i}]")
+            if not ids:
                 raise ValueError(f"{what}[{i}] has no tokens")
-            wrong = next((token for token in encoded[-1] if not 0 <= token < vocabulary), None)
+            wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise ValueError(f"{what}[{i}] has the token {wrong}, and the model has {vocabulary}")
+            encoded.append(ids)
         return encoded
+
+    def _ids(self, prompt: Any, name: str) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self._encoder is None:
+                raise ValueError(f"{name} is text: give the probe a tokenizer, or prompts as token ids")
+            prompt = self._encoder.encode(prompt)
+        try:
+            return tuple(index(token) for token in prompt)
+        except TypeError as error:
+            raise ValueError(f"{name} is neither text nor a list of token ids: {error}") from error
 
     def _batch(self, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[dict[str, Any], TokenLayout]:
         inputs, layout = (packed_batch if self.packed else padded_batch)(sequences, device, self._heads)

@@ -214,6 +214,7 @@ def _assemble(parts: Sequence[Tensor], cut: Sequence[tuple[range, range]], symme
 def _share(local: Estimate | None, count: int, layers: int, device: torch.device) -> list[Estimate]:
     """The first ``count`` ranks' estimates on every rank, in main memory: all pairs are many at 8 bytes a number."""
     if world_size() == 1:
+        assert local is not None
         return [local]
     if local is None:
         packed = torch.empty(0, dtype=torch.float64, device=device)

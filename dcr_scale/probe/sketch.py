@@ -156,6 +156,7 @@ class SketchSink(Sink):
         """:meth:`_outer` of several units where rows follow one another: their groups are further segments, and one
         launch does them all."""
         layout, groups, rank = self._layout, self.projections.groups, self.projections.rank
+        assert layout.cu_seqlens is not None
         rows = delta_UpGM.shape[-1]
         ends = layout.cu_seqlens * (rows // layout.tokens)
         shift = torch.arange(len(units) * groups, device=ends.device, dtype=ends.dtype)[:, None] * rows

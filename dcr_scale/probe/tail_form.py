@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dcr_scale.models.trunk import decoder_layers
 from dcr_scale.probe.activations import leak_between
@@ -63,7 +64,7 @@ class TailForm:
 
 
 def estimate_tail_form(
-    model: nn.Module,
+    model: PreTrainedModel,
     encoded: Sequence[Sequence[int]],
     layer: int,
     *,
@@ -199,7 +200,7 @@ class TailCapture(Capture):
         weights: √ω_l by unit name.
     """
 
-    def __init__(self, model: nn.Module, inventory: Inventory, layer: int, weights: dict[str, float], seed: int):
+    def __init__(self, model: PreTrainedModel, inventory: Inventory, layer: int, weights: dict[str, float], seed: int):
         super().__init__(model, inventory)
         self._layer = decoder_layers(model)[layer]
         self._weights, self._seed = weights, seed

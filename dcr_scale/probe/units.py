@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dcr_scale.models.trunk import decoder_layers
 
@@ -55,7 +56,7 @@ class Inventory:
 
     units: list[Unit]
     layers: int
-    head: nn.Module
+    head: nn.Linear
     tied: bool
     head_counts: bool
     head_bias_counts: bool
@@ -66,7 +67,7 @@ class Inventory:
         return self.layers + 1
 
 
-def select(model: nn.Module, parameters: str) -> set[int]:
+def select(model: PreTrainedModel, parameters: str) -> set[int]:
     """Ids of the parameters that count: ``all``, ``trainable``, or those whose name the regular expression finds.
 
     Raises ValueError for a pattern that is none, or that finds nothing.
@@ -88,7 +89,7 @@ def select(model: nn.Module, parameters: str) -> set[int]:
     return chosen
 
 
-def take_inventory(model: nn.Module, counted: set[int]) -> Inventory:
+def take_inventory(model: PreTrainedModel, counted: set[int]) -> Inventory:
     """Cut the counted parameters of a transformers causal language model into units.
 
     Raises ValueError that names the parameter which no rule covers, or which more than one module holds. A module may
@@ -146,7 +147,7 @@ def _units_of(module: nn.Module, own: dict[str, nn.Parameter], where: int, names
             for key, parameter in own.items()
         ]
     if len(shapes.get("weight", ())) == 2 and set(shapes) <= {"weight", "bias"}:
-        parameter = module.weight
+        parameter = module.get_parameter("weight")
         rows, columns = shapes["weight"]
         return [
             Unit(
@@ -229,7 +230,7 @@ def elementwise_factors(module: nn.Module, example: Tensor) -> dict[str, Factor]
     keys = list(dict(module.named_parameters(recurse=False)))
     sizes = {key: shape_of(getattr(module, key)) for key in keys}
 
-    def output(x: Tensor, vectors: dict[str, Tensor | float]) -> Tensor:
+    def output(x: Tensor, vectors: Mapping[str, Tensor | float]) -> Tensor:
         clone = copy.copy(module)
         constants = {
             key: torch.as_tensor(vectors.get(key, 0.0), dtype=x.dtype, device=x.device).expand(sizes[key])
@@ -255,7 +256,11 @@ def elementwise_factors(module: nn.Module, example: Tensor) -> dict[str, Factor]
             affine = False
     if not affine:
         raise ValueError(f"{type(module).__name__} is not an element-wise affine function of its {' and '.join(keys)}")
-    rules: dict[str, Factor] = {key: lambda x, key=key: (factor(key, x, zero), None) for key in keys}
+
+    def by_module(key: str, x: Tensor) -> tuple[Tensor, None]:
+        return factor(key, x, zero), None
+
+    rules: dict[str, Factor] = {key: partial(by_module, key) for key in keys}
     epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if epsilon is not None:
         by_formula = partial(_over_root_mean_square, epsilon)

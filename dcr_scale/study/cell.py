@@ -314,7 +314,7 @@ class Study:
                 files[label] = str(path)
             baseline_command.run(
                 steering, ModelConfig(path=str(trained)), partial / "steering",
-                files=files, seed=cell.seed, system_prompt=None, options=_FIT[steering],
+                files=files, data=DataConfig(), seed=cell.seed, options=_FIT[steering],
             )  # fmt: skip
 
         return baselines.load(

@@ -19,9 +19,9 @@ from dcr_scale.baselines.prompts import Name, read_prompts
 from dcr_scale.baselines.residual import left_padded, residuals
 from dcr_scale.baselines.scans import Scans
 from dcr_scale.baselines.surgical import Surgical
-from dcr_scale.config import DataConfig, ModelConfig, Source
+from dcr_scale.config import DataConfig, ModelConfig, Source, load_config
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.data.contrast import load_contrast
+from dcr_scale.data.contrast import GENERAL, load_contrast
 from dcr_scale.data.sources import read_rows
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import refusal_probability
@@ -67,7 +67,7 @@ def test_a_fit_writes_vectors_that_load_and_the_table_they_were_chosen_from(
     out = tmp_path / "runs" / "v1.0"
     options = {"kl_limit": 100.0, **options}
     model = ModelConfig(path=str(toy))
-    fitted = command.run(method, model, out, files=files, seed=0, system_prompt=None, options=options)
+    fitted = command.run(method, model, out, files=files, data=DataConfig(), seed=0, options=options)
     found = baselines.load(tmp_path / "runs" / "v1.0.safetensors")
     assert found.settings() == fitted.steering.settings()
     report = json.loads((tmp_path / "runs" / "v1.0.json").read_text())
@@ -77,7 +77,7 @@ def test_a_fit_writes_vectors_that_load_and_the_table_they_were_chosen_from(
 
 def test_sets_are_divided_by_family_across_all_three(files: dict[Name, str | None]) -> None:
     """A validation prompt must have no near-copy among the training prompts, of its own or another set."""
-    divided = read_prompts(files, seed=0)
+    divided = read_prompts(files, DataConfig(), seed=0)
     verbs = {row["prompt"]: row["family"] for row in contrast_rows()}
     sides = [
         {verbs[text] for name in ("seemingly_toxic", "toxic") for text in getattr(divided[name], side)}
@@ -89,15 +89,19 @@ def test_sets_are_divided_by_family_across_all_three(files: dict[Name, str | Non
 def test_a_prompt_in_two_sets_is_refused(files: dict[Name, str | None], tmp_path: Path) -> None:
     twice = str(write_jsonl(tmp_path / "twice.jsonl", list(contrast_rows())))
     with pytest.raises(UserError, match="both among the seemingly_toxic and the toxic prompts"):
-        read_prompts({**files, "toxic": twice}, seed=0)
+        read_prompts({**files, "toxic": twice}, DataConfig(), seed=0)
 
 
-def test_built_in_prompts_leave_out_what_a_run_of_that_seed_holds_out() -> None:
-    divided = read_prompts({"seemingly_toxic": None, "toxic": None, "harmless": None}, seed=3)
-    heldout = {prompt.text for prompt in load_contrast(DataConfig(), 3).heldout}
-    for name in ("seemingly_toxic", "toxic"):
-        assert not heldout & {*divided[name].train, *divided[name].validation}
-        assert len(divided[name].validation) == 32
+@pytest.mark.parametrize("name", ["demo", "smollm2", "stl", "stl_aug"])
+def test_a_run_s_prompts_are_what_it_trains_on(name: str) -> None:
+    """A run holds out other prompts where its configuration takes a part of a source; general ones are harmless."""
+    data = load_config(REPOSITORY / "configs" / f"{name}.yaml", []).data
+    divided = read_prompts({"seemingly_toxic": None, "toxic": None, "harmless": None}, data, seed=3)
+    contrast = load_contrast(data, 3)
+    for label in ("seemingly_toxic", "toxic"):
+        taken = {*divided[label].train, *divided[label].validation}
+        assert taken == {p.text for p in contrast.train if p.label == label and p.source != GENERAL}
+        assert len(divided[label].validation) == 32
 
 
 @torch.no_grad()
@@ -155,7 +159,7 @@ def test_own_answers_are_what_the_judge_takes_for_answers(
     prompts = [{"prompt": f"How do I cut loaf {number}?"} for number in range(5)]
     file, out = write_jsonl(tmp_path / "prompts.jsonl", prompts), tmp_path / "deep" / "answered.jsonl"
     command.write_answers(
-        ModelConfig(path=str(toy)), out, file=str(file), seed=0, limit=5, max_new_tokens=8, system_prompt=None
+        ModelConfig(path=str(toy)), out, file=str(file), data=DataConfig(), seed=0, limit=5, max_new_tokens=8
     )
     rows = [row.values for row in read_rows(Source(path=str(out)), kind="general")]
     assert sorted(row["response"] for row in rows) == [cut.removesuffix(" Then"), whole]

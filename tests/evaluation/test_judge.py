@@ -192,6 +192,16 @@ def test_the_fit_command_writes_weights_and_prints_its_tables(
     assert weights["features"]["declines, at once"][0] > 0 > weights["features"]["helps, at once"][0]
 
 
+def test_labels_of_one_s_own_need_no_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, before = tmp_path / "mine.jsonl", judge.WEIGHTS.read_bytes()
+    mine.write_text(json.dumps({"prompt": "p", "completion": "", "label": "degenerate"}) + "\n", encoding="utf-8")
+    assert fit_judge.main(["--also", str(mine)]) == 0
+    assert "1 completions of `mine.jsonl`, refusal or not: agreement 1.000" in capsys.readouterr().out
+    assert judge.WEIGHTS.read_bytes() == before
+    with pytest.raises(SystemExit):
+        fit_judge.main([])
+
+
 def test_no_verdict_comes_from_a_judge_that_saw_the_model_or_the_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
