@@ -27,11 +27,12 @@ from dcr_scale.data.contrast import EncodedContrast, encode_contrast
 from dcr_scale.data.packing import micro_batches
 from dcr_scale.errors import UserError
 from dcr_scale.models.loading import open_source, read_tokenizer
+from dcr_scale.models.lora import adapter_config
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.stored import StoredModel
 from dcr_scale.models.trunk import read_config
 from dcr_scale.planning.arithmetic import Arithmetic, plan_arithmetic
-from dcr_scale.planning.modules import ModuleList, adapter_config, trunk_modules, whole_modules
+from dcr_scale.planning.modules import ModuleList, trunk_modules, whole_modules
 from dcr_scale.planning.workload import Work
 from dcr_scale.refine import Refiner
 from dcr_scale.run_data import load_data

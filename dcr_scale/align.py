@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ from dcr_scale.data.packing import Pack, micro_batches, pack
 from dcr_scale.data.sampler import ShuffledSampler
 from dcr_scale.errors import UserError
 from dcr_scale.models import attention
+from dcr_scale.models.lora import adapter_config
 from dcr_scale.models.packing_check import check_packing
 from dcr_scale.models.response_loss import ResponseLoss
 from dcr_scale.models.stored import StoredModel
@@ -248,27 +249,12 @@ class Aligner:
         return model
 
     def _add_adapters(self) -> None:
-        settings = self.settings.lora
         seed_everything(self.config.run.seed)  # every rank must draw the same initial adapters
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        inject_adapter_in_model(
-            LoraConfig(
-                r=settings.r,
-                lora_alpha=settings.alpha,
-                lora_dropout=settings.dropout,
-                target_modules=settings.targets or linear_layers(self.model),
-            ),
-            self.model,
-        )
+        inject_adapter_in_model(adapter_config(self.settings.lora, self.model), self.model)
 
     def _check_logits(self, batch: Pack) -> Tensor:
         """Logits [T, V] of a (short) pack, without gradients or dropout."""
         with self.engine.forward_only(training=False):
             return self.engine(batch, torch.arange(batch.layout.tokens, device=self.world.device))
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of every linear module but the head, what LoRA adapts by default."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

@@ -137,12 +137,7 @@ def _inputs(config: Config) -> Iterator[_Inputs]:
         seed_everything(config.run.seed)
         source = find_source(config.model, world)
         with world.agreed():
-            encoder = ChatEncoder(
-                read_tokenizer(source, config.model),
-                system_prompt=config.data.system_prompt,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                overlong=config.data.overlong,
-            )
+            encoder = ChatEncoder.configured(read_tokenizer(source, config.model), config.data)
             contrast = encode_contrast(load_contrast(config.data, config.run.seed), encoder)
         yield _Inputs(config.refine, source, contrast, encoder.prefix, world)
 

@@ -95,12 +95,7 @@ class Run:
                 check_layer(layer, self.model_config, self.source, "align.rehearsal.layer")
             self.data = load_data(config)
             self.tokenizer = read_tokenizer(self.source, config.model)
-        self.encoder = ChatEncoder(
-            self.tokenizer,
-            system_prompt=config.data.system_prompt,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            overlong=config.data.overlong,
-        )
+        self.encoder = ChatEncoder.configured(self.tokenizer, config.data)
         self._encode()
         skeleton = build_skeleton(self.model_config, trust_remote_code=config.model.trust_remote_code)
         self.parameters = sum(parameter.numel() for parameter in skeleton.parameters())

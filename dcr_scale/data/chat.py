@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from dcr_scale.config import DataConfig
 from dcr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,16 @@ class ChatEncoder:
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong = overlong
+
+    @classmethod
+    def configured(cls, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatEncoder:
+        """The encoder of a run whose ``data`` this is."""
+        return cls(
+            tokenizer,
+            system_prompt=data.system_prompt,
+            max_prompt_tokens=data.max_prompt_tokens,
+            overlong=data.overlong,
+        )
 
     @cached_property
     def _template(self) -> str | None:

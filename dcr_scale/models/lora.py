@@ -1,16 +1,21 @@
-"""Low-rank updates that peft has trained, merged into weights element range by element range."""
+"""Low-rank updates: what peft adapts, and what it has trained, merged into weights element range by element range."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from dcr_scale.config import LoraConfig
 from dcr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import peft
 
 # Elements of the update computed at once.
 _BLOCK = 2**20
@@ -49,6 +54,20 @@ class LowRankDelta:
             out[done : done + part.numel()] = part
             done += part.numel()
         return out
+
+
+def adapter_config(settings: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
+    """Stage 2's adapters in peft's form: on every linear layer but the head, where the settings name none."""
+    import peft
+
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets or linears,
+    )
 
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:

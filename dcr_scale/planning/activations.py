@@ -23,9 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dcr_scale.config import AlignConfig, ModelConfig, RefineConfig
 from dcr_scale.data.packing import Pack, PackLayout
+from dcr_scale.models.lora import adapter_config
 from dcr_scale.models.response_loss import ResponseLoss, storage_of
 from dcr_scale.models.trunk import Trunk, build_model, decoder_layers, depth, truncated
-from dcr_scale.planning.modules import adapter_config
 from dcr_scale.refine import trains_embeddings
 
 # Layers of the two models that are run: the first layer can differ from the others (its input needs no gradient).

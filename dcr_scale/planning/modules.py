@@ -11,14 +11,13 @@ from itertools import zip_longest
 
 import torch
 from deepspeed.utils import z3_leaf_module
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from dcr_scale import config as settings_tree
-from dcr_scale.align import linear_layers
 from dcr_scale.config import AlignConfig, RefineConfig
+from dcr_scale.models.lora import adapter_config
 from dcr_scale.models.trunk import Trunk, build_skeleton, decoder_layers
 from dcr_scale.refine import trains_embeddings
 from dcr_scale.zero3 import mark_leaves
@@ -126,16 +125,6 @@ def whole_modules(config: PretrainedConfig, settings: AlignConfig, *, trust_remo
     with torch.device("meta"):
         inject_adapter_in_model(adapter_config(settings.lora, model), model)
     return list_modules(model, config, base)
-
-
-def adapter_config(settings: settings_tree.LoraConfig, model: PreTrainedModel) -> LoraConfig:
-    """peft's form of stage 2's adapters."""
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets or linear_layers(model),
-    )
 
 
 def list_modules(model: nn.Module, config: PretrainedConfig, base: set[int] | None = None) -> ModuleList:

@@ -109,12 +109,7 @@ def measure_lengths(config: Config, folder: Path | None, assumed: Assumed) -> Le
 
 def _measured(config: Config, folder: Path) -> Lengths:
     data, tokenizer = load_data(config), read_tokenizer(folder, config.model)
-    encoder = ChatEncoder(
-        tokenizer,
-        system_prompt=config.data.system_prompt,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        overlong=config.data.overlong,
-    )
+    encoder = ChatEncoder.configured(tokenizer, config.data)
     prefix = encoder.prefix
 
     def own(prompts: list[str], what: str) -> tuple[int, ...]:
