@@ -97,10 +97,6 @@ class Chaos:
                 for left in [process.pid, *(child.pid for child in _ranks(process.pid))]:
                     if psutil.pid_exists(left):
                         psutil.Process(left).kill()
-                # DeepSpeed's collectives on a CPU leave 66 MiB of memory for each killed rank, named by the port.
-                port = command[command.index("--master_port") + 1]
-                for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                    buffer.unlink(missing_ok=True)
 
     def _kill_one(self, process: subprocess.Popen, run: Path) -> None:
         """SIGKILL a random rank at a random moment; ``struck`` says whether one was still there."""

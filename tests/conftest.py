@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 # DeepSpeed's collectives are built with the environment's ninja: another version's build is stale to it, for minutes.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
+# A file of DeepSpeed's takes up to 1.6 GB to compile, beside all ranks; ninja takes more at once than there are cores.
+os.environ.setdefault("MAX_JOBS", "1")
+
 # The same examples on every machine and in every run; `--hypothesis-profile=search` draws new ones, and more of them.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", max_examples=1000, deadline=None)

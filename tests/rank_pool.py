@@ -2,11 +2,13 @@
 
 Starting a rank costs seconds (an interpreter and an import of torch), a job on a waiting rank costs
 milliseconds. So the ranks are spawned on first use, keep their process group while the world size stays the
-same, and are replaced only when a job hangs or kills one of them.
+same, and are replaced only when a job hangs or one of them has died.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -54,6 +57,7 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     while True:
         try:
             path, environment, world_size, store_path, payload = connection.recv()
@@ -69,6 +73,11 @@ def _serve(rank: int, connection: Connection) -> None:
         except BaseException:  # SystemExit of a launcher under test must reach the parent, not end the rank
             reply = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(reply)
+        # A waiting rank holds nothing of its last job: a production model's layers are gigabytes.
+        function = args = payload = reply = None
+        gc.collect()
+        if trim is not None:
+            trim(0)
 
 
 class RankPool:
@@ -93,6 +102,11 @@ class RankPool:
         if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size is {world_size}, the pool has 1 to {MAX_RANKS} ranks")
         payload = pickle.dumps((function, args))
+        dead = [f"{process.name} ({process.exitcode})" for process, _ in self._workers if not process.is_alive()]
+        if dead:
+            # As a rule the machine ran out of memory. That is not this job's failure, and would be every later one's.
+            warnings.warn(f"ranks that died between jobs are replaced: {', '.join(dead)}", stacklevel=2)
+            self.close()
         if not self._workers:
             self._spawn()
         store_path = None

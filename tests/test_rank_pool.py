@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +35,13 @@ def die_on(rank: int) -> None:
         os._exit(3)
 
 
+def hold_gibibyte() -> int:
+    """Small objects in a cycle: neither reference counts nor the allocator's own habits give them back."""
+    tensors: list = [torch.ones(2000) for _ in range(2**17)]
+    tensors.append(tensors)
+    return os.getpid()
+
+
 def test_group_has_the_size_asked_for(ranks):
     for world_size in (2, 2, 3, 1):
         total = world_size * (world_size + 1) // 2
@@ -53,3 +62,21 @@ def test_failure_is_reported_and_the_pool_survives(ranks, job, message):
     with pytest.raises(RankFailure, match=message):
         ranks.run(job, 1, world_size=2, timeout=8)
     assert [total for _, _, total in ranks.run(sum_of_ranks, world_size=2)] == [3, 3]
+
+
+def test_a_rank_that_died_while_it_waited_is_replaced(ranks):
+    ranks.run(sum_of_ranks, world_size=2)
+    died = psutil.Process(ranks.run(os.getpid, world_size=2)[1])
+    died.send_signal(signal.SIGKILL)
+    while died.status() != psutil.STATUS_ZOMBIE:  # the pool itself finds out that it is dead
+        time.sleep(0.01)
+    with pytest.warns(UserWarning, match="rank-1 .-9."):
+        assert [total for _, _, total in ranks.run(sum_of_ranks, world_size=2)] == [3, 3]
+
+
+def test_a_waiting_rank_holds_nothing_of_its_last_job(ranks):
+    process = psutil.Process(ranks.run(os.getpid, world_size=1)[0])
+    before = process.memory_info().rss
+    ranks.run(hold_gibibyte, world_size=1)
+    ranks.run(os.getpid, world_size=1)  # begins when the rank has tidied up
+    assert process.memory_info().rss < before + 2**27

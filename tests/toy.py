@@ -227,7 +227,7 @@ def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 6
     """``deepspeed launchers/<name>`` on CPU ranks, as a user starts it; the output is captured as text.
 
     The limit allows for DeepSpeed to compile its collectives, which it does once on a machine. Past it, all that was
-    started is killed: an orphaned rank would hold the port and the compiler's lock.
+    started is killed: an orphaned rank would hold the port and the compiler's lock. No shared memory may be left.
     """
     command, environment = launcher_command(name, *arguments, ranks=ranks)
     pipe = subprocess.PIPE
@@ -239,4 +239,6 @@ def launch_script(name: str, *arguments: str, ranks: int = 2, timeout: float = 6
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+    port = command[command.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
     return subprocess.CompletedProcess(command, process.returncode, out, err)
