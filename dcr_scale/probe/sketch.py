@@ -7,8 +7,8 @@ groups, a vector that is no longer than a sketch is its own sketch.
 
 What is left to do after the projections is small and alike for many units, so it waits until some have come together.
 
-Shape suffixes: B rows of the micro-batch, L their longest, N = G · B, M rows of a product, U units, G groups, p rank,
-W = G · p, S = p² (a sketch), R output probes, m × n a vector folded into a matrix.
+Shape suffixes: I items, B rows of the micro-batch, L their longest, N = U · G · B, M rows of a product, U units,
+G groups, p rank, W = G · p, S = p² (a sketch), R output probes, m × n a vector folded into a matrix.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from dcr_scale.probe.units import Inventory, Unit
 
 # What waits is added up when it takes so much.
 _WAITING_BYTES = 8 * 2**20
+# Of parts as small as this a call costs more than the copy that puts many units' into one.
+_SMALL_BYTES = 32 * 2**10
 
 
 class SketchSink(Sink):
@@ -43,13 +45,14 @@ class SketchSink(Sink):
 
     def __init__(self, inventory: Inventory, projections: Projections, head: Head, items: int):
         self.projections, self._head = projections, head
-        self._offset: dict[str, int] = {}
+        units = sorted(inventory.units, key=lambda unit: unit.slice)  # stable: within a slice in the inventory's order
+        self._place = {unit.name: place for place, unit in enumerate(units)}
         widths = [0] * inventory.slices
-        for unit in inventory.units:
-            self._offset[unit.name] = widths[unit.slice]
+        for unit in units:
             widths[unit.slice] += projections.rank**2
         # One block of memory, which the next measurement finds again where many small ones go back to the system.
         everything = torch.zeros(items, projections.groups, sum(widths), device=head.device)
+        self._by_unit_IGUS = everything.view(items, projections.groups, len(units), projections.rank**2)
         self.slices = list(everything.split(widths, dim=2))
         self.meets = torch.zeros(items, head.probes, head.width, device=head.device) if head.crosses else None
         self.rows = slice(0, 0)
@@ -144,13 +147,21 @@ class SketchSink(Sink):
     def _outer(self, unit: Unit, delta_pGM: Tensor, inputs_pGM: Tensor, strips: int) -> None:
         """Add Σ over each row's tokens (and slots) of δ aᵀ, group by group. ``strips``: those of both sides,
         multiplied."""
-        layout = self._layout
-        if layout.cu_seqlens is not None and delta_pGM.is_cuda:
+        if self._layout.cu_seqlens is not None and delta_pGM.is_cuda:
             self._wait(self._segments, unit, delta_pGM, inputs_pGM, strips=strips)
-            return
-        left_NpL, right_NpL = (layout.split(x.float()).flatten(1, 2).transpose(0, 1) for x in (delta_pGM, inputs_pGM))
-        outer_GBS = torch.bmm(left_NpL, right_NpL.mT).view(self.projections.groups, -1, self.projections.rank**2)
-        self._add([unit], outer_GBS.transpose(0, 1)[None], scale=strips**0.5 / self.projections.rank)
+        elif delta_pGM.nbytes + inputs_pGM.nbytes <= _SMALL_BYTES:
+            self._wait(self._rows, unit, delta_pGM, inputs_pGM, strips=strips)
+        else:
+            self._rows([unit], delta_pGM[None], inputs_pGM[None], strips)
+
+    def _rows(self, units: Sequence[Unit], delta_UpGM: Tensor, inputs_UpGM: Tensor, strips: int) -> None:
+        """:meth:`_outer` of several units as one batched product; of a single one without a copy."""
+        groups, rank = self.projections.groups, self.projections.rank
+        left_NpL, right_NpL = (
+            self._layout.split(x.float()).permute(0, 2, 3, 1, 4).flatten(0, 2) for x in (delta_UpGM, inputs_UpGM)
+        )
+        outer_UGBS = torch.bmm(left_NpL, right_NpL.mT).view(len(units), groups, -1, rank**2)
+        self._add(units, outer_UGBS.transpose(1, 2), scale=strips**0.5 / rank)
 
     def _segments(self, units: Sequence[Unit], delta_UpGM: Tensor, inputs_UpGM: Tensor, strips: int) -> None:
         """:meth:`_outer` of several units where rows follow one another: their groups are further segments, and one
@@ -166,7 +177,6 @@ class SketchSink(Sink):
         self._add(units, outer_UGBS.transpose(1, 2)[:, : len(layout.index)], scale=strips**0.5 / rank)
 
     def _add(self, units: Sequence[Unit], sketch_UBGS: Tensor, scale: float) -> None:
-        size = self.projections.rank**2
-        for unit, sketch_BGS in zip(units, sketch_UBGS, strict=True):
-            start = self._offset[unit.name]
-            self.slices[unit.slice][self.rows, :, start : start + size].add_(sketch_BGS, alpha=scale)
+        places_U = torch.tensor([self._place[unit.name] for unit in units], device=sketch_UBGS.device)
+        into_BGUS = self._by_unit_IGUS[self.rows]
+        into_BGUS.index_add_(2, places_U, sketch_UBGS.permute(1, 2, 0, 3).to(into_BGUS.dtype), alpha=scale)

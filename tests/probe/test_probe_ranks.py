@@ -44,11 +44,11 @@ def test_micro_batches_packing_and_checkpointing_change_nothing(family, tied):
         assert_same(KernelProbe(model, **SETTINGS, packed=packed).measure(PROMPTS_A, PROMPTS_B), expected, selves)
 
 
-@pytest.mark.parametrize("waiting_bytes", [0, 1000])
-def test_when_what_waits_is_added_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, waiting_bytes: int):
+@pytest.mark.parametrize(("limit", "nbytes"), [("_WAITING_BYTES", 0), ("_WAITING_BYTES", 1000), ("_SMALL_BYTES", 0)])
+def test_what_waits_and_until_when_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: str, nbytes: int):
     """One unit after another, some at a time, or, as here by default, all of a backward pass at once."""
     expected, selves = measured("qwen3-moe", True)
-    monkeypatch.setattr(sketch, "_WAITING_BYTES", waiting_bytes)
+    monkeypatch.setattr(sketch, limit, nbytes)
     assert_same(measured("qwen3-moe", True)[0], expected, selves)
 
 
