@@ -54,8 +54,11 @@ def study() -> None:
         command.run_cells(opened, cells, own, max(1, given.jobs))
     # The page is about published suites.
     page = ROOT / "docs" / "study.md" if kind != "quick" and given.data.is_dir() else None
-    write = document.confirm if kind == "confirmation" else document.write
-    logging.getLogger().info("\n%s", write(records, page))
+    if kind == "confirmation":
+        headline = document.confirm(records, page, command.records_folder(results, given.data, "study"))
+    else:
+        headline = document.write(records, page)
+    logging.getLogger().info("\n%s", headline)
 
 
 def _same(given: argparse.Namespace) -> list[str]:

@@ -21,7 +21,7 @@ from dcr_scale.study.analysis import Curve, common_defence, curves, paired, rate
 from dcr_scale.study.command import read_records
 from dcr_scale.study.grid import SHARES
 from dcr_scale.study.methods import CLAIMED, METHODS
-from dcr_scale.study.verdict import perplexity_ratios, shown, verdict
+from dcr_scale.study.verdict import by_all_seeds, perplexity_ratios, shown, verdict
 
 
 def write(records: Path, page: Path | None) -> str:
@@ -53,12 +53,18 @@ def write(records: Path, page: Path | None) -> str:
     return headline
 
 
-def confirm(records: Path, page: Path | None) -> str:
-    """The same of the confirmation, which has a block of its own."""
+def confirm(records: Path, page: Path | None, explored: Path) -> str:
+    """The same of the confirmation, which has a block of its own. ``explored``: the records of the study it confirms,
+    whose seeds are put together with its own."""
     found, suites, lines, headline = _compared(records)
     answers = [answer for answer in verdict(lines, found, CLAIMED[-1]) if answer[-1] != "not measured"]
     if page is not None:
-        parts = [headline, _table([_goals(CLAIMED[-1]), *answers]), setting(found, suites)]
+        parts = [headline, _table([_goals(CLAIMED[-1]), *answers])]
+        if explored.is_dir():
+            before, _, lines_before = _read(explored)
+            head = (f"{METHODS[CLAIMED[-1]].title}, seeds of both", "each seed", "mean, t interval")
+            parts.append(_table([head, *by_all_seeds([(lines_before, before), (lines, found)], CLAIMED[-1])]))
+        parts.append(setting(found, suites))
         page.write_text(
             filled(page.read_text(encoding="utf-8"), {"confirmation": "\n\n".join(parts)}), encoding="utf-8"
         )
@@ -67,12 +73,19 @@ def confirm(records: Path, page: Path | None) -> str:
 
 def _compared(records: Path) -> tuple[list[dict], dict[str, dict], dict[str, Curve], str]:
     """The records, their suites, the curves by the judge, and every method against STL."""
-    found, suites = read_records(records)
-    classes = {name: suite["class"] for name, suite in suites.items()}
-    lines = curves(found, classes)
+    found, suites, lines = _read(records)
     if "stl" not in lines:
         raise UserError(f"{records}: no seed of STL has all its shares yet; there is nothing to compare with")
-    return found, suites, lines, comparison(lines, curves(found, classes, by="phrases"))
+    return found, suites, lines, comparison(lines, curves(found, _classes(suites), by="phrases"))
+
+
+def _read(records: Path) -> tuple[list[dict], dict[str, dict], dict[str, Curve]]:
+    found, suites = read_records(records)
+    return found, suites, curves(found, _classes(suites))
+
+
+def _classes(suites: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {name: suite["class"] for name, suite in suites.items()}
 
 
 def filled(text: str, blocks: Mapping[str, str]) -> str:

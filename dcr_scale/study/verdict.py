@@ -53,6 +53,36 @@ def verdict(lines: Mapping[str, Curve], records: Sequence[Mapping[str, Any]], me
     ]
 
 
+def by_all_seeds(
+    studies: Sequence[tuple[Mapping[str, Curve], Sequence[Mapping[str, Any]]]], method: str
+) -> list[tuple[str, str, str]]:
+    """Measure, each seed's, and their mean with Student's t interval, by the seeds of several studies together.
+
+    Studies differ in prompts, so that only what each seed says for itself can be put together; the interval holds
+    what differs between seeds and between the studies' prompts. ``studies``: lines and records of each.
+    """
+    records = [record for _, found in studies for record in found]
+    rows = []
+    for of_class, title in (("seemingly_toxic", "seemingly toxic"), ("general", "general")):
+        pairs = [(lines[method], lines["stl"]) for lines, _ in studies if method in lines and "stl" in lines]
+        ratios = [each for ours, stl in pairs for each in ratios_by_seed(ours, stl, of_class)]
+        rows.append((f"refused {title} prompts, × STL", *_each_and_mean(ratios)))
+    rows.append(("perplexity, × STL", *_each_and_mean(_perplexity_by_seed(perplexity_ratios(records, method)), 3)))
+    untrained, refined, aligned = (method, "untrained"), (method, "refined"), (method, "aligned")
+    for title, before, after in (
+        ("kernel similarity of matched pairs, change in stage 1", untrained, refined),
+        ("from before stage 1 to after stage 2", untrained, aligned),
+        ("from STL's to this, after stage 2", ("stl", "aligned"), aligned),
+        ("under STL", ("stl", "untrained"), ("stl", "aligned")),
+    ):
+        change = kernel_change(records, before, after)
+        if change is not None and len(change.by_seed) > 1:
+            mean = mean_interval(change.by_seed)
+            each = ", ".join(f"{value:+.2f}" for value in change.by_seed)
+            rows.append((title, each, f"{mean.estimate:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]"))
+    return rows
+
+
 def shown(interval: Interval | None) -> str:
     """With the share of draws behind the interval, where it is not nearly all of them."""
     if interval is None:
@@ -63,11 +93,18 @@ def shown(interval: Interval | None) -> str:
 
 def _ratios(by_seed: Sequence[float], digits: int = 2) -> str:
     """Each seed's ratio, and the t interval of their geometric mean."""
+    each, mean = _each_and_mean(by_seed, digits)
+    return each if mean == "–" else f"{each}: {mean[mean.index('[') :]}"
+
+
+def _each_and_mean(by_seed: Sequence[float], digits: int = 2) -> tuple[str, str]:
+    """Each seed's ratio, and their geometric mean with its t interval; a dash where there is none."""
     each = ", ".join("–" if np.isnan(value) else f"{value:.{digits}f}" for value in by_seed)
     if len(by_seed) < 2 or not all(value > 0 for value in by_seed):
-        return each
+        return each, "–"
     logs = mean_interval([float(np.log(value)) for value in by_seed])
-    return f"{each}: [{np.exp(logs.low):.{digits}f}, {np.exp(logs.high):.{digits}f}]"
+    mean, low, high = (f"{np.exp(value):.{digits}f}" for value in (logs.estimate, logs.low, logs.high))
+    return each, f"{mean} [{low}, {high}]"
 
 
 def _agreed(said: str, each: Sequence[bool]) -> str:
@@ -90,15 +127,19 @@ def _perplexity(records: Sequence[Mapping[str, Any]], method: str) -> Answer:
     if not ratios:
         return goal, "–", "–", "not measured"
 
-    def mean(values: Sequence[float]) -> float:
-        return float(np.exp(np.mean(np.log(values))))
-
-    whole = mean(list(ratios.values()))
-    seeds = sorted({seed for seed, _ in ratios})
-    by_seed = [mean([value for (of, _), value in ratios.items() if of == seed]) for seed in seeds]
+    whole, by_seed = _geometric_mean(list(ratios.values())), _perplexity_by_seed(ratios)
     measured = f"{whole:.3f} (of {len(ratios)} models: {min(ratios.values()):.3f} … {max(ratios.values()):.3f})"
     said = _agreed("yes" if whole <= _PERPLEXITY else "no", [value <= _PERPLEXITY for value in by_seed])
     return goal, measured, _ratios(by_seed, 3), said
+
+
+def _perplexity_by_seed(ratios: Mapping[tuple[int, float], float]) -> list[float]:
+    seeds = sorted({seed for seed, _ in ratios})
+    return [_geometric_mean([value for (of, _), value in ratios.items() if of == seed]) for seed in seeds]
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def _kernel(records: Sequence[Mapping[str, Any]], method: str) -> list[Answer]:

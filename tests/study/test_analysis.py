@@ -11,7 +11,7 @@ import pytest
 
 from dcr_scale.evaluation.intervals import bootstrap
 from dcr_scale.study.analysis import Curve, common_defence, curves, ratio, ratios_by_seed
-from dcr_scale.study.verdict import shown
+from dcr_scale.study.verdict import by_all_seeds, shown
 
 CLASSES = {"asked": "seemingly_toxic", "attack": "toxic", "plain": "general"}
 
@@ -89,6 +89,23 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     narrow, wide = ratio(agreeing, stl, draws=300), ratio(disagreeing, stl, draws=300)
     assert narrow.estimate == pytest.approx(wide.estimate, abs=0.01)
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_seeds_of_two_studies_are_put_together() -> None:
+    """A seed with half of STL's refusals and, on other prompts, one with a quarter."""
+    first = {"stl": line("stl", [(0.4, 0.4), (0.9, 0.8)]), "dcr": line("dcr", [(0.4, 0.2), (0.9, 0.4)])}
+    other = {
+        "stl": replace(line("stl", [(0.4, 0.4), (0.9, 0.8)], prompts=200), seeds=(1,)),
+        "dcr": replace(line("dcr", [(0.4, 0.1), (0.9, 0.2)], prompts=200), seeds=(1,)),
+    }
+    studies = [(first, []), (other, [])]
+    rows = by_all_seeds(studies, "dcr")
+    # t(1 degree, 95 %) = 12.706 by a standard error of ln(2) / 2, around the root of 1/2 · 1/4.
+    low, high = (0.125**0.5 * math.exp(sign * 12.706 * math.log(2) / 2) for sign in (-1, 1))
+    assert rows[0] == ("refused seemingly toxic prompts, × STL", "0.50, 0.25", f"0.35 [{low:.2f}, {high:.2f}]")
+    assert rows[1][1:] == ("1.00, 1.00", "1.00 [1.00, 1.00]")
+    assert rows[2][1:] == ("", "–"), "no perplexity was measured"
+    assert len(rows) == 3, "nor any kernel"
 
 
 def test_each_prompt_is_read_between_the_models_on_either_side() -> None:

@@ -229,9 +229,11 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
     assert "fewer seemingly toxic prompts than SCANS | – | – | not measured |" in text
     assert (tmp_path / "pictures" / "study_trade_off.png").read_bytes().startswith(b"\x89PNG")
     assert text == document.filled(text, {}), "blocks stay where they are"
-    document.confirm(records, page)
+    document.confirm(records, page, tmp_path / "none")
     assert page.read_text(encoding="utf-8") == text.replace("stale", _block(page, "confirmation"))
-    assert table in _block(page, "confirmation")
+    assert table in _block(page, "confirmation") and "seeds of both" not in _block(page, "confirmation")
+    document.confirm(records, page, records)
+    assert "default recipe, seeds of both |" in _block(page, "confirmation")
 
     (records / "dcr_share50_seed0.json").write_text(json.dumps({**made_up("dcr", 0.5, 3, 1), "judge": "another"}))
     with pytest.raises(UserError, match="1 records are by another judge"):
