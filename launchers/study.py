@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells side by side (default: one a core)")
     parser.add_argument(
-        "--config", default=str(ROOT / "configs" / "study.yaml"), help="where cells start (default: configs/study.yaml)"
+        "--config",
+        default=str(ROOT / "configs" / "study.yaml"),
+        help="where cells start (default: configs/study.yaml; quick has shorter stages)",
     )
     parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of checkpoints")

@@ -88,5 +88,5 @@ def confirmation_grid() -> list[Cell]:
 
 
 def quick_grid() -> list[Cell]:
-    """STL against DCR, one seed, two shares."""
+    """STL against DCR, one seed, two shares; not those in whose stage 2 the probe measures."""
     return [Cell(SEEDS[0], method, share) for method in _REPEATED for share in SHARES[:2]]
