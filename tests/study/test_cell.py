@@ -363,6 +363,13 @@ def test_the_grids() -> None:
     assert {command.cell_named(cell.name) for cell in first} == set(first)
 
 
+def test_the_quick_study_has_shorter_stages_and_fewer_prompts(tmp_path: Path) -> None:
+    whole = load_config("configs/study.yaml", [])
+    quick = command.open_study("configs/study.yaml", tmp_path, tmp_path, tmp_path / "none", "quick")
+    assert quick.base.refine.steps < whole.refine.steps and quick.base.align.examples < whole.align.examples
+    assert all(len(prompts) <= 24 for prompts in quick.data.suites.values()) and quick.kernel_pairs == 8
+
+
 def test_cells_run_side_by_side_and_a_failed_one_is_named(study: Study, tmp_path: Path) -> None:
     """What others have finished stays; the same call goes on with what is left."""
     cells = [Cell(0, "stl", 0.25), Cell(0, "dcr", 0.25), Cell(0, "scans", 0.25)]
