@@ -7,7 +7,6 @@ docs/study.md's tables and pictures from all records. Exit codes: 0 done, 2 some
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -60,7 +59,7 @@ def study() -> None:
         headline = document.confirm(records, page, command.records_folder(results, given.data, "study"))
     else:
         headline = document.write(records, page)
-    logging.getLogger().info("\n%s", headline)
+    print(headline)
 
 
 def _same(given: argparse.Namespace) -> list[str]:

@@ -32,7 +32,7 @@ _PAIRS: dict[Kind, int] = {"study": 64, "confirmation": 64, "quick": 8}
 _SHORTER: dict[Kind, list[str]] = {
     "study": [],
     "confirmation": [],
-    "quick": ["refine.steps=30", "align.examples=160", "probe.pairs=6", "probe.prompts=12"],
+    "quick": ["refine.steps=24", "align.examples=160", "probe.pairs=4", "probe.prompts=8"],
 }
 _SUITES = "suites.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -200,7 +201,9 @@ def made_up(method: str, share: float, toxic: int, harmless: int) -> dict:
     }
 
 
-def test_the_page_is_written_from_records(tmp_path: Path) -> None:
+def test_the_page_is_written_from_records(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = tmp_path / "records"
     data = StudyData({}, [], [], SUITES, published=False)
     command._write_suites(Study(Config(), data, records, tmp_path))
@@ -234,6 +237,9 @@ def test_the_page_is_written_from_records(tmp_path: Path) -> None:
     assert table in _block(page, "confirmation") and "seeds of both" not in _block(page, "confirmation")
     document.confirm(records, page, records)
     assert "default recipe, seeds of both |" in _block(page, "confirmation")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--grid", "quick", "--report-only", "--records", str(records)])
+    runpy.run_path("launchers/study.py")["study"]()
+    assert capsys.readouterr().out == table + "\n"
 
     (records / "dcr_share50_seed0.json").write_text(json.dumps({**made_up("dcr", 0.5, 3, 1), "judge": "another"}))
     with pytest.raises(UserError, match="1 records are by another judge"):
