@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # A file of DeepSpeed's takes up to 1.6 GB to compile, beside all ranks; ninja takes more at once than there are cores.
-os.environ.setdefault("MAX_JOBS", "1")
+os.environ.setdefault("MAX_JOBS", "2")
 
 # The same examples on every machine and in every run; `--hypothesis-profile=search` draws new ones, and more of them.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
