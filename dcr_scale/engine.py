@@ -63,7 +63,7 @@ def start(settings: EngineConfig) -> World:
 
 
 def _unname_shared_memory() -> None:
-    """Let the memory of DeepSpeed's collectives on a CPU go with its processes, however they end.
+    """Let the memory of DeepSpeed's collectives on a CPU go with its processes, however they end from here on.
 
     Each rank makes 66 MiB in ``/dev/shm`` where all ranks are on one machine, and DeepSpeed never removes them. Once
     all ranks have opened all of them nobody needs their names.
