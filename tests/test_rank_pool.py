@@ -68,8 +68,8 @@ def test_a_rank_that_died_while_it_waited_is_replaced(ranks):
     ranks.run(sum_of_ranks, world_size=2)
     died = psutil.Process(ranks.run(os.getpid, world_size=2)[1])
     died.send_signal(signal.SIGKILL)
-    while died.status() != psutil.STATUS_ZOMBIE:  # the pool itself finds out that it is dead
-        time.sleep(0.01)
+    # Until its last thread is gone, not its first alone, and without reaping it: the pool finds out for itself.
+    os.waitid(os.P_PID, died.pid, os.WEXITED | os.WNOWAIT)
     with pytest.warns(UserWarning, match="rank-1 .-9."):
         assert [total for _, _, total in ranks.run(sum_of_ranks, world_size=2)] == [3, 3]
 
