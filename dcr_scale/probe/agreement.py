@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,6 +27,17 @@ def first_of(finding: str | None) -> str | None:
         findings = [None] * world_size()
         dist.all_gather_object(findings, finding)
     return next((text for text in findings if text is not None), None)
+
+
+def check_same(what: str, value: object) -> None:
+    """Raise ValueError on every rank where ``value``, which has a telling repr, is not the same on all of them."""
+    if world_size() == 1:
+        return
+    digests: list[Any] = [None] * world_size()
+    dist.all_gather_object(digests, hashlib.sha256(repr(value).encode()).digest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise ValueError(f"rank {other} was given other {what} than rank 0; every rank takes all of them alike")
 
 
 @contextmanager

@@ -98,8 +98,11 @@ class Capture:
         example = torch.arange(3 * length, device=first.parameter.device).view(3, length).sin()
         try:
             factors = elementwise_factors(first.module, example)
-        except ValueError as error:
-            raise ValueError(f"{first.name}: {error}") from None
+        except Exception as error:  # a model's own code runs here, on an input that it may not be made for
+            raise ValueError(
+                f"{first.name}: no rule sketches it in a {type(first.module).__name__} ({error}); leave it out by "
+                'parameters="trainable" or a name pattern'
+            ) from error
         units = [unit for unit in self.inventory.units if unit.module is first.module]
         return [(unit, factors[keys[id(unit.parameter)]]) for unit in units]
 
@@ -235,6 +238,13 @@ class Capture:
         layout = self._layout
         for unit, factor in self._vectors[id(module)]:
             values, scale = factor(x)
+            (length,) = shape_of(unit.parameter)
+            if values.shape[-1] != length:
+                self._fail(
+                    f"{unit.name}: its {length} numbers are broadcast over {values.shape[-1]} features, and no rule "
+                    'sketches that; leave it out by parameters="trainable" or a name pattern'
+                )
+                return
             product_THD = self._tokens_first(unit, delta.float() * values)
             if product_THD is None:
                 return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from dcr_scale.probe.capture import checkpointed_layers
 # What models in transformers do to their head's product with the final hidden state, as their configurations say it.
 _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+# Under which names modules keep a rate for `functional.dropout`.
+_DROPOUT_RATES = (
+    "attention_dropout", "hidden_dropout", "activation_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
+)  # fmt: skip
 _OURS = (attention.FLASH_ATTN, attention.TORCH_VARLEN, attention.SDPA)
 
 
@@ -68,9 +73,10 @@ def check_ready(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name}: dropout of {module.p:g} is on, and gradients would be random; call model.eval() first"
             )
-        rate = getattr(module, "attention_dropout", 0.0)
-        if module.training and isinstance(rate, float) and rate > 0:
-            raise ValueError(f"{name}: attention dropout of {rate:g} is on; call model.eval() first")
+        for attribute in _DROPOUT_RATES:
+            rate = getattr(module, attribute, 0.0)
+            if module.training and isinstance(rate, float) and rate > 0:
+                raise ValueError(f"{name}: {attribute.replace('_', ' ')} of {rate:g} is on; call model.eval() first")
     for layer in checkpointed_layers(model):
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if getattr(function, "keywords", {}).get("use_reentrant", False):
@@ -123,18 +129,22 @@ def borrowed(model: PreTrainedModel, packed: bool, dtype: torch.dtype) -> Iterat
     random_state = torch.get_rng_state()
     device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     implementation = model.config._attn_implementation
+    checkpoints = {layer: layer._gradient_checkpointing_func for layer in checkpointed_layers(model)}
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
         model.eval()
-        for layer in checkpointed_layers(model):
-            # Only training layers recompute. Their own flag, not their modules': dropout stays off.
+        for layer in checkpoints:
+            # Only training layers recompute.
             layer.training = True
+            layer._gradient_checkpointing_func = partial(_checkpoint_evaluating, layer, checkpoints[layer])
         wanted = _implementation(implementation, packed, device, dtype)
         if wanted != implementation:
             model.set_attn_implementation(wanted)
         yield
     finally:
+        for layer, checkpoint in checkpoints.items():
+            layer._gradient_checkpointing_func = checkpoint
         if model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
         for module, mode in modes:
@@ -150,6 +160,19 @@ def borrowed(model: PreTrainedModel, packed: bool, dtype: torch.dtype) -> Iterat
         assert same, f"the probe touched the gradient of {name}"
     left = [name for name, p in model.named_parameters() if _gathered(p) and id(p) not in gathered]
     assert not left, f"the probe left parameters gathered: {', '.join(left)}"
+
+
+def _checkpoint_evaluating(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any):
+    """Recompute a layer whose own forward pass, both times, finds it in evaluation: some drop where it is not."""
+
+    def evaluating(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:  # recomputation ends by an exception, as soon as it has what it needs
+            layer.training = True
+
+    return checkpoint(evaluating, *args)
 
 
 def _gathered(parameter: Any) -> bool:

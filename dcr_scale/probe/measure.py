@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.probe.activations import leak_between
-from dcr_scale.probe.agreement import agree, agreed, first_of
+from dcr_scale.probe.agreement import agree, agreed, check_same, first_of
 from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Blocks, Estimate, estimate, jackknives, log_error, signed_root, student_t
 from dcr_scale.probe.exact import exact_kernel
@@ -151,8 +151,9 @@ class KernelProbe:
             raise ValueError(f"{type(self._model).__name__}'s attention cannot take packed prompts; use packed=False")
         self.packed = possible if packed is None else packed
         self._must_pack, self._leak_is_ruled_out = bool(packed), False
-        self._inventory = take_inventory(self._model, select(self._model, parameters))
-        self._capture = Capture(self._model, self._inventory)
+        with agreed():
+            self._inventory = take_inventory(self._model, select(self._model, parameters))
+            self._capture = Capture(self._model, self._inventory)
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._projections = Projections(seed, rank, groups)
@@ -192,7 +193,7 @@ class KernelProbe:
         Raises ValueError on all ranks alike, also where only one of them has the fault: for a prompt without tokens or
         with one that the model has not, fewer prompts than ranks, dropout that is on, reentrant checkpointing, an
         engine in the middle of an accumulation, activations that are not finite, prompts that see each other where
-        they must be packed.
+        they must be packed, prompts or settings that are not the same on every rank.
         """
         ranks = world_size()
         with agreed():
@@ -203,6 +204,8 @@ class KernelProbe:
                 raise ValueError(f"{len(sequences)} different prompts are fewer than the {ranks} ranks")
             check_between_updates(self._engine)
             check_ready(self._model)
+        asked = (sequences_a, sequences_b, exact, self.seed, self.rank, self.groups, self.output_probes)
+        check_same("prompts or settings", asked)
         head = Head(self._inventory, self.seed, self.output_probes)
         agree(head.failure)
         if self.packed and not self._leak_is_ruled_out:

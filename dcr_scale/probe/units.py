@@ -211,7 +211,13 @@ def lookup_scale(unit: Unit) -> Tensor:
     ones = torch.ones(1, unit.shape[0], device=unit.parameter.device)
     clone = copy.copy(module)
     clone.__dict__ = {**module.__dict__, "_parameters": {"weight": ones}, "padding_idx": None}
-    scaled = type(module).forward(clone, torch.zeros(1, dtype=torch.long, device=ones.device))
+    try:
+        scaled = type(module).forward(clone, torch.zeros(1, dtype=torch.long, device=ones.device))
+    except Exception as error:  # a model's own code, which may want more than token ids
+        raise ValueError(
+            f"{unit.name}: no rule sketches the table of a {type(module).__name__}, whose forward pass takes more than "
+            f'token ids ({error}); leave it out by parameters="trainable" or a name pattern'
+        ) from error
     if scaled.shape != ones.shape or not torch.allclose(scaled, scaled[0, 0]):
         raise ValueError(f"{unit.name}: {type(module).__name__} does more than look up and scale its vectors")
     return scaled[0, 0]

@@ -66,8 +66,8 @@ class Classes:
 def read_classes(config: SimilarityConfig) -> Classes:
     """Read both classes, drop repeated prompts, and draw ``config.limit`` of each.
 
-    Raises UserError for sources that cannot be read, a class of fewer than two prompts, a prompt in both, and a pair of
-    two prompts in one.
+    Raises UserError for sources that cannot be read, a class of fewer than two prompts or of one family alone, a prompt
+    in both, and a pair of two prompts in one.
     """
     names = _names(config.a, config.b)
     found = {"a": _read(config.a, "a"), "b": _read(config.b, "b")}
@@ -77,6 +77,11 @@ def read_classes(config: SimilarityConfig) -> Classes:
     for name, prompts in zip(names, drawn, strict=True):
         if len(prompts) < 2:
             raise UserError(f"{name}: {len(prompts)} different prompt; similarity within a class takes at least two")
+        if len({prompt.unit for prompt in prompts}) < 2:
+            raise UserError(
+                f"{name}: all {len(prompts)} prompts are of one {prompts[0].unit.split()[0]}, so how much other ones "
+                "would change the result cannot be told; take several, or leave the column out"
+            )
     return Classes(names, (*drawn[0], *drawn[1]), len(drawn[0]))
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from rank_pool import RankPool
 from toy import toy_tokenizer
 from toy_models import PROMPTS_A, PROMPTS_B, toy_model, zero3
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from dcr_scale.models import attention
 from dcr_scale.probe import KernelProbe
@@ -73,6 +73,29 @@ def test_dropout_left_on():
     KernelProbe(model.eval()).measure(PROMPTS_A)
 
 
+def falcon() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        FalconConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, new_decoder_architecture=True,
+            num_kv_heads=1, hidden_dropout=0.3,
+        )
+    )  # fmt: skip
+
+
+def test_dropout_that_is_no_module():
+    with pytest.raises(ValueError, match=r"transformer\.h\.0: hidden dropout of 0.3 is on"):
+        KernelProbe(falcon().train()).measure(PROMPTS_A)
+
+
+def test_layers_that_are_recomputed_drop_nothing():
+    model = falcon().eval()
+    settings = {"parameters": "ln_|norm", "packed": False}  # its linears are of a kind that no rule covers
+    expected = KernelProbe(model, **settings).measure(PROMPTS_A).squared
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(KernelProbe(model, **settings).measure(PROMPTS_A).squared, expected)
+    assert not any(module.training for module in model.modules())
+
+
 def test_where_gradients_are_off_they_are_taken_all_the_same():
     probe = KernelProbe(toy_model("llama"))
     expected = probe.measure(PROMPTS_A)
@@ -118,6 +141,59 @@ def test_a_module_that_no_rule_covers_is_named():
     model = toy_model("llama")
     model.model.layers[1].mlp.extra = torch.nn.Conv1d(16, 16, 3)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.extra\.weight: no rule sketches .* Conv1d"):
+        KernelProbe(model)
+
+
+class Scaled(torch.nn.Module):
+    """A factor for all features alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sketched", "exact"])
+@pytest.mark.parametrize("module", [Scaled, torch.nn.PReLU])
+def test_numbers_that_are_broadcast_are_named(module, exact):
+    model = toy_model("llama")
+    model.model.layers[1].mlp.act_fn = module()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.\w+: its 1 numbers are broadcast over 24 features"):
+        KernelProbe(model).measure(PROMPTS_A, exact=exact)
+
+
+class Gated(torch.nn.Module):
+    """A norm of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(16))
+
+    def forward(self, x, gate):
+        return self.weight * x * gate
+
+
+class Shifted(torch.nn.Embedding):
+    """A table that is looked up by more than ids."""
+
+    def forward(self, ids, past):
+        return super().forward(ids + past)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (Gated(), r"^model\.layers\.1\.extra\.weight: no rule sketches it in a Gated .*missing 1 .*'gate'"),
+        (Shifted(9, 16), r"^model\.layers\.1\.extra\.weight: no rule sketches the table of a Shifted.*'past'"),
+    ],
+    ids=["norm of two inputs", "table with an offset"],
+)
+def test_a_module_whose_forward_pass_wants_more_is_named(extra, message):
+    model = toy_model("llama")
+    model.model.layers[1].extra = extra
+    with pytest.raises(ValueError, match=message):
         KernelProbe(model)
 
 
@@ -270,9 +346,12 @@ def faulty_measurement(fault: str, exact: bool) -> str:
         model.model.layers[1].mlp.up_proj.__class__ = SelectsTokens
     elif fault == "folds heads" and has_it:
         model.model.layers[1].post_attention_layernorm = FoldsHeads(model.model.layers[1].post_attention_layernorm)
-    probe = KernelProbe(model, tokenizer)
+    elif fault == "other prompts" and has_it:
+        prompts = [*prompts[:-1], [1, 2, 3, 4, 5]]
+    elif fault == "no rule" and has_it:
+        model.model.layers[1].extra = Gated()
     with pytest.raises(ValueError) as caught:
-        probe.measure(prompts, exact=exact)
+        KernelProbe(model, tokenizer).measure(prompts, exact=exact)
     # They are still in step.
     KernelProbe(toy_model("llama")).measure(PROMPTS_A)
     return str(caught.value)
@@ -287,6 +366,8 @@ FAULTS = {
     "no list": r"^prompts_a\[5\] is neither text nor a list of token ids: 'int' object is not iterable$",
     "nan": r"^model\.layers\.2\.mlp\.down_proj\.weight: .* not finite$",
     "selects tokens": r"^model\.layers\.1\.mlp\.up_proj\.weight: met \d+ rows where the micro-batch has \d+ tokens",
+    "other prompts": "^rank 1 was given other prompts or settings than rank 0; every rank takes all of them alike$",
+    "no rule": r"^model\.layers\.1\.extra\.weight: no rule sketches it in a Gated",
     "folds heads": r"^model\.layers\.1\.post_attention_layernorm\.norm\.weight: met values of shape \[\d+, 1, 16\]",
 }
 
