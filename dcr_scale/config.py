@@ -292,7 +292,7 @@ class ProbeConfig:
 
 @dataclass
 class LogConfig:
-    every: int = setting(1, "steps between two lines on the console", at_least=1)
+    every: int = setting(1, "steps between two lines on the console; metrics.jsonl has them all", at_least=1)
     trackers: list[Literal["tensorboard", "wandb"]] = setting(list, "also log to these ([tracking] extra)")
     project: str = setting("dcr-scale", "project name for wandb")
 

@@ -82,14 +82,11 @@ class RunLog:
                 self._file = self.path.open("a", encoding="utf-8")
                 self._trackers = Trackers(config, folder, name, settings, run_id)
         self._clock = time.perf_counter()
-        self._tokens = 0
-        self._steps = 0
         self._seconds_a_step = 0.0
 
     def start(self) -> None:
         """Start the clock of a stage's steps."""
         self._clock = time.perf_counter()
-        self._tokens = self._steps = 0
         self._seconds_a_step = 0.0
 
     @contextmanager
@@ -101,18 +98,18 @@ class RunLog:
 
     def step(self, stage: str, step: int, steps: int, *, tokens: int, device_memory: float, **values: float) -> None:
         """Record one optimiser step (counted from 1) that ran ``tokens`` tokens over all ranks."""
-        self._tokens += tokens
-        self._steps += 1
-        if not self.world.first or (step % self.config.every and step != steps):
+        if not self.world.first:
             return
         now = time.perf_counter()
-        seconds, rate = now - self._clock, self._tokens / (now - self._clock)
-        latest = seconds / self._steps
+        latest, rate = now - self._clock, tokens / (now - self._clock)
+        self._clock = now
         # The first steps warm up; a running mean forgets them.
         self._seconds_a_step = latest if not self._seconds_a_step else 0.7 * self._seconds_a_step + 0.3 * latest
         left = self._seconds_a_step * (steps - step)
         values = {**values, "tokens_per_second": rate, "memory_gib": device_memory}
         self.record(stage, step, values)
+        if step % self.config.every and step != steps:
+            return
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if key not in _UNITS)
         log.info(
             "%s %4d/%d  %s  %s tok/s  %.1f GiB  %s left",
@@ -124,7 +121,6 @@ class RunLog:
             device_memory,
             duration(left),
         )
-        self._clock, self._tokens, self._steps = now, 0, 0
 
     def record(self, stage: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers in it to the trackers."""

@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dcr_scale.config import EngineConfig, ModelConfig, Source
 
@@ -30,7 +30,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, aliases: Callable
             parser.add_argument(*flags, dest=field.name, metavar="VALUE", action="append", help=doc)
         else:
             shown = "none" if default is None else default.path if _is_branch(hint) else default
-            parser.add_argument(*flags, dest=field.name, metavar="VALUE", help=f"{doc} (default: {shown})")
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            metavar = f"{{{','.join(map(str, choices))}}}" if choices else "VALUE"
+            parser.add_argument(*flags, dest=field.name, metavar=metavar, help=f"{doc} (default: {shown})")
 
 
 def as_overrides(given: argparse.Namespace, settings: type) -> list[str]:

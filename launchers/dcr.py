@@ -12,7 +12,6 @@ import os
 from dcr_scale import typed_yaml
 from dcr_scale.command_line import exit_code, first_rank, leave
 from dcr_scale.config import Config, load_config
-from dcr_scale.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,12 +45,13 @@ def dry_run(config: Config, gpus: int) -> None:
     """Settings, data, and the plan of ``launchers/plan.py``, where the model's shape is known without its weights."""
     print(typed_yaml.dump(config))
     from dcr_scale.planning import describe_plan
+    from dcr_scale.planning.finding import NoShapes
     from dcr_scale.run_data import describe
 
     print(describe(config), end="\n\n")
     try:
         print(describe_plan(config, gpus))
-    except UserError as error:
+    except NoShapes as error:
         print(f"no plan: {error}")
 
 

@@ -17,16 +17,28 @@ from dcr_scale.config import load_config
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; configs/ has one per kind of run")
-    parser.add_argument("--gpus", type=int, default=8, help="in nodes of eight (default: 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, eight to a node (default: 8)")
     parser.add_argument("--gpu-memory", type=float, help="GiB of each (default: the device's own)")
     parser.add_argument("--device", choices=("a100", "h100", "h200"), default="h100", help="(default: h100)")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="config.json of the model to plan for")
-    parser.add_argument("--prompt-tokens", type=int, default=20, help="of a prompt that cannot be tokenised here")
-    parser.add_argument("--example-tokens", type=int, default=220, help="of such an example, with its answer")
-    parser.add_argument("--prefix-tokens", type=int, default=30, help="of the template before such a prompt")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=20,
+        help="assumed tokens of a prompt, where no tokenizer is at hand (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--example-tokens", type=int, default=220, help="the same of an example with its answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=30,
+        help="the same of what the chat template puts before (default: %(default)s)",
+    )
     parser.add_argument("--require-fit", action="store_true", help="exit with 1 where a stage does not fit")
     parser.add_argument("--sweep", type=Path, metavar="PNG", help="draw the time of a step on 8 to 512 GPUs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     return parser.parse_intermixed_args()
 

@@ -275,6 +275,29 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     assert re.search(rf"stage 2: full, 1 epochs of \d+ examples \({counts}.*\), 4 a step", plan)
 
 
+def test_a_dry_run_refuses_what_the_run_would(
+    tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    toy_checkpoint(tmp_path / "model", "llama")
+    config = write_config(tmp_path, settings)
+    monkeypatch.setattr(sys, "argv", ["dcr.py", "--config", str(config), "--dry-run", "refine.layer=40"])
+    assert runpy.run_path(str(REPOSITORY / "launchers" / "dcr.py"))["main"]() == 2
+    assert "refine.layer=40" in capsys.readouterr().err
+
+
+def test_metrics_hold_every_step_and_the_console_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runlog = RunLog(LogConfig(every=3), tmp_path, "toy", {}, World(0, 0, 1, torch.device("cpu")))
+    runlog.start()
+    with caplog.at_level("INFO", logger="dcr_scale"):
+        for step in range(1, 8):
+            runlog.step("refine", step, 7, tokens=10, device_memory=0.0, loss=1.0 / step)
+    runlog.close()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert [row["loss"] for row in rows] == [1.0 / step for step in range(1, 8)]
+    assert [record.args[1] for record in caplog.records] == [3, 6, 7]
+
+
 def test_a_dry_run_of_a_checkpoint_says_what_it_takes(
     tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -24,11 +24,15 @@ class FoundModel:
     origin: str
 
 
+class NoShapes(UserError):
+    """The model's configuration is not at hand; what else a plan raises, the run would refuse."""
+
+
 def find_model(model: ModelConfig, override: Path | None = None) -> FoundModel:
     """The configuration out of ``override`` (a config.json, or a folder with one), a local folder, the Hub's cache, or
     the published shapes that this package knows; in that order.
 
-    Raises UserError where none of them has it, and for a configuration that cannot be refined.
+    Raises NoShapes where none of them has it, and UserError for a configuration that cannot be refined.
     """
     if override is not None:
         return FoundModel(_read_file(override, model), None, str(override))
@@ -39,7 +43,7 @@ def find_model(model: ModelConfig, override: Path | None = None) -> FoundModel:
     published = published_config(model.path)
     if published is not None:
         return FoundModel(published, None, "published shapes")
-    raise UserError(
+    raise NoShapes(
         f"model.path: {model.path}: neither a folder with config.json, nor in the Hub's cache, nor one of the models "
         "whose shapes are known; set it to a folder that holds config.json, or give that file to launchers/plan.py by "
         "--model-config"

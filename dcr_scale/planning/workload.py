@@ -116,12 +116,14 @@ def _measured(config: Config, folder: Path) -> Lengths:
         return tuple(len(ids) - prefix for ids in encoder.encode_prompts(prompts, what) if ids is not None)
 
     kept = config.refine.retention.prompts if config.refine is not None else 0
-    found = [
-        encoder.encode_example(example.prompt, example.response, max_tokens=config.align.max_tokens)
-        for example in data.mixture
-        if config.align is not None and example.response
-    ]
-    examples = [example for example in found if example is not None]
+    examples = []
+    if config.align is not None:
+        mixture = [example for example in data.mixture if example.response]
+        fits = encoder.encode_prompts([example.prompt for example in mixture], "stage 2's prompts")
+        for example, ids in zip(mixture, fits, strict=True):
+            if ids is not None:
+                encoded = encoder.encode_example(example.prompt, example.response, max_tokens=config.align.max_tokens)
+                examples += [] if encoded is None else [encoded]
     # The model has yet to answer these, with as many tokens as the limit at most.
     asked = own([example.prompt for example in data.mixture if not example.response], "prompts to answer")
     room = config.align.max_tokens - prefix if config.align is not None else 0
