@@ -116,16 +116,8 @@ def install(architecture: str, kernel: str, shape: str, tuned: Config) -> None:
     _tuned[architecture, kernel, shape] = dict(tuned)
 
 
-def save_tuned(path: str | Path) -> None:
-    """Writes what `install` set as JSON: architecture -> kernel -> shape class -> configuration."""
-    tree: dict[str, dict[str, dict[str, Config]]] = {}
-    for (architecture, kernel, shape), tuned in sorted(_tuned.items()):
-        tree.setdefault(architecture, {}).setdefault(kernel, {})[shape] = tuned
-    Path(path).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-
-
 def load_tuned(path: str | Path) -> None:
-    """Installs every configuration of a file that `save_tuned` wrote. Every rank must load the same file."""
+    """Installs every configuration of a cache that `tuning.tune` wrote. Every rank must load the same file."""
     for architecture, kernels in json.loads(Path(path).read_text(encoding="utf-8")).items():
         for kernel, by_shape in kernels.items():
             for shape, tuned in by_shape.items():

@@ -7,6 +7,7 @@ collective. So rank 0 measures, the choice is broadcast, and a JSON file keeps i
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from dcr_kernels.configs import (
     architecture_of,
     config,
     install,
-    load_tuned,
-    save_tuned,
     shape_class,
 )
 
@@ -80,10 +79,12 @@ def _cached_or_fastest(
     architecture: str, kernel: str, shape: str, measure: Measure, cache: str | Path | None
 ) -> Config:
     table = config(kernel, shape, architecture)
+    kept: dict[str, dict[str, dict[str, Config]]] = {}
     if cache is not None and Path(cache).exists():
-        load_tuned(cache)
-        cached = config(kernel, shape, architecture)
-        if cached != table:
+        kept = json.loads(Path(cache).read_text(encoding="utf-8"))
+        # This entry alone: the other ranks are sent no more, and all must compute with the same.
+        cached = kept.get(architecture, {}).get(kernel, {}).get(shape)
+        if cached is not None:
             return cached
     best, best_ms = table, float("inf")
     for candidate in candidates(kernel, table):
@@ -99,7 +100,8 @@ def _cached_or_fastest(
             best, best_ms = candidate, taken
     install(architecture, kernel, shape, best)
     if cache is not None:
-        save_tuned(cache)
+        kept.setdefault(architecture, {}).setdefault(kernel, {})[shape] = best
+        Path(cache).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return best
 
 

@@ -56,6 +56,24 @@ def test_cache_spares_the_measurement(tmp_path):
     assert not calls
 
 
+def test_a_cache_gives_one_entry_and_keeps_the_others(tmp_path):
+    cache = tmp_path / "tuned.json"
+    table = configs.config("on_chip", SHAPE, "sm_90")
+    other = {**configs.config("strip", SHAPE, "sm_90"), "num_warps": 1}
+    cache.write_text(json.dumps({"sm_90": {"on_chip": {SHAPE: table}, "strip": {SHAPE: other}}}))
+
+    def measured() -> float:
+        raise AssertionError("measured again")
+
+    # The table's own entry may have won: it is in the cache all the same.
+    assert tuning.tune("on_chip", measured, dtype=torch.float32, device=CPU, cache=cache) == table
+    assert configs.config("strip", SHAPE, "sm_90") != other
+    tuning.tune("pool_forward", lambda: 1.0, dtype=torch.bfloat16, device=CPU, cache=cache)
+    kept = json.loads(cache.read_text())["sm_90"]
+    assert sorted(kept) == ["on_chip", "pool_forward", "strip"]
+    assert kept["strip"] == {SHAPE: other}
+
+
 def test_float32_products_without_tensor_cores_have_their_own_tiles():
     assert configs.shape_class("statistics", torch.float32, 512) == "4 bytes, ieee"
     torch.set_float32_matmul_precision("high")
