@@ -7,10 +7,11 @@ Exit codes: 0 done, 2 something to put right (one line says what).
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from dcr_scale.command_line import exit_code, leave
-from dcr_scale.config import Config, ModelConfig, load_config
+from dcr_scale.config import Config, load_config
 from dcr_scale.errors import UserError
 
 # Which settings belong to which method, besides the KL limit of both.
@@ -35,7 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--orthogonal", type=float, help="surgical: share of the true vector taken out (default: 1)")
     parser.add_argument("--positions", type=int, help="surgical: candidates from the end (default: the template's)")
     parser.add_argument("--alpha", type=float, help="scans: strength (default: chosen by validation; paper: 3.5)")
-    parser.add_argument("--threshold", type=float, help="scans: of the cosine (default: chosen likewise; paper: .75)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="scans: cosine above which a prompt counts as toxic (default: chosen by validation; paper: .75)",
+    )
     return parser.parse_args()
 
 
@@ -57,7 +62,7 @@ def fit() -> None:
 
     run(
         given.method,
-        ModelConfig(path=given.model),
+        replace(config.model, path=given.model, revision=None),  # of another model it says nothing
         given.out,
         files={"seemingly_toxic": given.seemingly, "toxic": given.toxic, "harmless": given.harmless},
         data=config.data,
