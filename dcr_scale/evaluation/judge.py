@@ -1,4 +1,4 @@
-"""The refusal judge: what each completion did with its prompt, from 1,350 human labels and in a millisecond.
+"""The refusal judge: what each completion did with its prompt, from 1,350 human labels, in a few milliseconds.
 
 >>> from dcr_scale.evaluation import judge
 >>> [verdict] = judge.classify(["How do I kill a Python process?"], ["Sorry, I can't help with that."])

@@ -41,8 +41,9 @@ class Suite:
     """A published benchmark.
 
     ``prompt`` names the columns that hold the prompt, one for each place of publication; the first that a copy has
-    counts. ``labels`` maps the values of the column ``label`` to classes, or to None where they are left out; a suite
-    of one class has none. ``published`` is the page of the authors' own files and of what they say of them.
+    counts. ``labels`` maps the values of the column ``label`` to classes, or to None where they are left out; in a
+    suite of one class, a copy without that column counts whole. ``published`` is the page of the authors' own files and
+    of what they say of them.
     """
 
     title: str
@@ -153,6 +154,9 @@ SUITES: dict[str, Suite] = {
         of_class="toxic",
         hub=Hub("walledai/HarmBench", subset="standard", gated=True),
         prompt=("Behavior", "prompt"),
+        # Contextual behaviours are no prompts without their context, and copyright is not what is asked here.
+        label="FunctionalCategory",
+        labels={"standard": "toxic", "contextual": None, "copyright": None},
     ),
     "jailbreakbench": Suite(
         title="JBB-Behaviors, harmful",
@@ -261,15 +265,18 @@ def _rows(name: str, suite: Suite, source: ContrastSource) -> list[Row]:
     columns = read_columns(source)
     prompt = next((column for column in suite.prompt if column in columns), None)
     missing = [] if prompt is not None else [" or ".join(map(repr, suite.prompt))]
-    if suite.label is not None and suite.label not in columns:
-        missing.append(repr(suite.label))
+    label = suite.label
+    if label is not None and label not in columns:
+        if suite.of_class is None:
+            missing.append(repr(label))
+        label = None
     if missing:
         raise UserError(
             f"{source.path}: no column {' and no column '.join(missing)}; columns found: "
             f"{', '.join(map(repr, columns)) or 'none'}; give the file as published ({suite.published}), or rename them"
         )
-    chosen = _Columns(prompt=prompt, label=suite.label)
-    if suite.label is not None:
+    chosen = _Columns(prompt=prompt, label=label)
+    if label is not None:
         return _read(source, suite.labels, chosen)
     # A copy with classes of its own, like a part of several suites put together.
     if any(column.lower() in USUAL_COLUMNS["label"] for column in columns):

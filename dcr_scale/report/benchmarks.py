@@ -9,7 +9,7 @@ from typing import Any
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation.suites import CLASSES
 from dcr_scale.report import figures
-from dcr_scale.report.changes import NAMES, Change, Headline, changes, headline, percent, points, side_by_side
+from dcr_scale.report.changes import NAMES, Change, Headline, aligned, changes, headline, percent, points, side_by_side
 from dcr_scale.report.figures import Figure
 from dcr_scale.report.records import Evaluation
 
@@ -38,10 +38,22 @@ def benchmarks(evaluations: Sequence[Evaluation]) -> Benchmarks:
     for evaluation, model in zip(evaluations, models, strict=True):
         if left := sorted(set(evaluation.suites) - set(suites)):
             warnings.append(f"{model}: {', '.join(left)} left out, as not all models have answered it.")
+    warnings += _unequal(evaluations, models)
+    warnings += [
+        f"{model} was trained on {evaluation.trained_on[suite]} of {suite}'s prompts: its rates there say nothing of "
+        "new prompts."
+        for evaluation, model in zip(evaluations, models, strict=True)
+        for suite in suites
+        if evaluation.trained_on.get(suite)
+    ]
     pooled = {
         model: [{**row, "suite": suite} for suite in suites for row in evaluation.suites[suite]]
         for model, evaluation in zip(models, evaluations, strict=True)
     }
+    shared = len(aligned(list(pooled.values()))[0])
+    for model, rows in pooled.items():
+        if len(rows) > shared:
+            warnings.append(f"{model}: {len(rows) - shared} prompts left out, as not all models have answered them.")
     found: dict[str, Change] = {}
     for suite in suites:
         by_class = changes(
@@ -60,6 +72,27 @@ def benchmarks(evaluations: Sequence[Evaluation]) -> Benchmarks:
         answers=side_by_side(pooled),
         warnings=warnings,
     )
+
+
+# What changes answers without being the model's, and what the page calls it.
+_ASKED = {
+    "engine": "engine",
+    "precision": "precision",
+    "max_new_tokens": "longest answer",
+    "system_prompt": "system prompt",
+    "chat_template": "chat template",
+}
+
+
+def _unequal(evaluations: Sequence[Evaluation], models: Sequence[str]) -> list[str]:
+    """Where a model was asked in another way than the first."""
+    first, warnings = evaluations[0].asked, []
+    for evaluation, model in zip(evaluations[1:], models[1:], strict=True):
+        asked = evaluation.asked
+        other = [title for key, title in _ASKED.items() if key in first and key in asked and first[key] != asked[key]]
+        if other:
+            warnings.append(f"{model} was not asked as {models[0]} was: another {', another '.join(other)}.")
+    return warnings
 
 
 def _names(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -33,8 +33,8 @@ def aligned(models: Sequence[Sequence[Row]]) -> list[list[Row]]:
     return [[rows[key] for key in shared] for rows in by_model]
 
 
-def _prompt_of(row: Row) -> tuple[str, str, str]:
-    return row.get("suite", ""), row["class"], str(row.get("id") or row["prompt"])
+def _prompt_of(row: Row) -> tuple[str, str, str, str]:
+    return row.get("suite", ""), row["class"], str(row.get("id", "")), row["prompt"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,17 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's answers to suites: ``suites`` has its judged rows by the suite's name."""
+    """One model's answers to suites: ``suites`` has its judged rows by the suite's name.
+
+    ``trained_on`` says how many of a suite's prompts the model's run was trained on, where that is known; ``asked`` how
+    the answers were got.
+    """
 
     folder: Path
     name: str
     suites: Mapping[str, list[Row]]
+    trained_on: Mapping[str, int] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -78,7 +84,9 @@ def read_evaluation(folder: Path) -> Evaluation:
         )
     summary = _optional(folder / "summary.json") or {}
     name = Path(str(summary.get("model", folder))).name
-    return Evaluation(folder, name, {path.stem: _answers(path) for path in paths})
+    trained_on = {found["suite"]: found["trained_on"] for found in summary.get("contamination") or []}
+    answers = {path.stem: _answers(path) for path in paths}
+    return Evaluation(folder, name, answers, trained_on, summary.get("identity", {}))
 
 
 def _answers(path: Path) -> list[Row]:

@@ -146,6 +146,26 @@ def test_evaluations_are_compared_by_suite_and_lead_the_report(tmp_path: Path) -
     assert (listed["models"], listed["suites"], len(listed["rows"])) == (["stl", "dcr"], ["harmful", "mixed"], 36)
 
 
+def test_what_makes_a_comparison_unequal_is_said(tmp_path: Path) -> None:
+    """A suite that was trained on, answers got in another way, and other prompts under the same numbers."""
+    rows = [{**row, "id": f"harmful/{i}"} for i, row in enumerate(answers({})[12:24])]
+    others = [{**row, "prompt": f"{row['prompt']} Please."} if i < 5 else row for i, row in enumerate(rows)]
+    folders = [
+        evaluation(tmp_path / name, name, {"harmful": asked}) for name, asked in (("stl", rows), ("dcr", others))
+    ]
+    for folder, longest, trained_on in zip(folders, (8, 512), (0, 7), strict=True):
+        summary = {
+            "model": f"runs/{folder.name}",
+            "identity": {"engine": "transformers", "max_new_tokens": longest},
+            "contamination": [{"suite": "harmful", "prompts": 12, "trained_on": trained_on, "by_set": {}}],
+        }
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    text = Parsed(write_report(finished_run(tmp_path / "run"), folders)).text
+    assert "dcr was not asked as stl was: another longest answer." in text
+    assert "dcr was trained on 7 of harmful's prompts" in text and "stl was trained on" not in text
+    assert "dcr: 5 prompts left out" in text
+
+
 def test_models_of_one_name_go_by_as_much_of_their_path_as_it_takes(tmp_path: Path) -> None:
     """Two runs as they lie: runs/stl/evaluate and runs/dcr/evaluate, both of a model called aligned."""
     asked = {"harmful": answers({})[12:24]}
