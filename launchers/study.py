@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from dcr_scale.command_line import exit_code, leave
+from dcr_scale.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+RESEARCH_DATA = ROOT.parent / "shared" / "data"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--records", type=Path, help="folder of finished cells (default: in benchmarks/results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of checkpoints")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="research data sets")
+    parser.add_argument("--data", type=Path, default=RESEARCH_DATA, help="research data sets")
     parser.add_argument("--report-only", action="store_true", help="train nothing; write up what is finished")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -43,7 +45,11 @@ def study() -> None:
 
     kind = command.kind_of(given.grid)
     results = ROOT / "benchmarks" / "results"
-    records = given.records or command.records_folder(results, given.data, kind)
+    if given.data != RESEARCH_DATA and not given.data.is_dir():
+        raise UserError(f"--data {given.data}: no such folder")
+    # What is committed can be written up without the data that it was measured on.
+    research = given.data.is_dir() or given.report_only
+    records = given.records or command.records_folder(results, research, kind)
     configure_console(0)
     if not given.report_only:
         opened = command.open_study(given.config, records, given.work, given.data, kind)
@@ -54,9 +60,9 @@ def study() -> None:
         own = [sys.executable, __file__, *_same(given), "--cell"]
         command.run_cells(opened, cells, own, max(1, given.jobs))
     # The page is about published suites.
-    page = ROOT / "docs" / "study.md" if kind != "quick" and given.data.is_dir() else None
+    page = ROOT / "docs" / "study.md" if kind != "quick" and research else None
     if kind == "confirmation":
-        headline = document.confirm(records, page, command.records_folder(results, given.data, "study"))
+        headline = document.confirm(records, page, command.records_folder(results, research, "study"))
     else:
         headline = document.write(records, page)
     print(headline)

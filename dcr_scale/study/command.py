@@ -46,10 +46,10 @@ def kind_of(grids: Sequence[str]) -> Kind:
     return cast(Kind, grids[0])
 
 
-def records_folder(results: Path, data: Path, kind: Kind) -> Path:
+def records_folder(results: Path, research: bool, kind: Kind) -> Path:
     """Where records lie unless told otherwise: those of our own prompts, of few prompts, or of new ones, apart."""
     if kind == "study":
-        return results / ("study" if data.is_dir() else "study_builtin")
+        return results / ("study" if research else "study_builtin")
     return results / f"study_{kind}"
 
 
