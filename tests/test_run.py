@@ -286,7 +286,7 @@ def test_a_dry_run_refuses_what_the_run_would(
 
 
 def test_metrics_hold_every_step_and_the_console_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    runlog = RunLog(LogConfig(every=3), tmp_path, "toy", {}, World(0, 0, 1, torch.device("cpu")))
+    runlog = RunLog(LogConfig(every=3), tmp_path, "toy", {}, World(0, 1, 0, 1, torch.device("cpu")))
     runlog.start()
     with caplog.at_level("INFO", logger="dcr_scale"):
         for step in range(1, 8):

@@ -63,7 +63,7 @@ def _local_folder(model: ModelConfig) -> Path | None:
     try:
         found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
     except HFValidationError:
-        raise UserError(f"model.path: {model.path}: no such folder, and no Hub id (owner/name) either") from None
+        raise NoShapes(f"model.path: {model.path}: no such folder, and no Hub id (owner/name) either") from None
     return Path(found).parent if isinstance(found, str) else None
 
 
