@@ -47,8 +47,9 @@ def study() -> None:
     results = ROOT / "benchmarks" / "results"
     if given.data != RESEARCH_DATA and not given.data.is_dir():
         raise UserError(f"--data {given.data}: no such folder")
-    # What is committed can be written up without the data that it was measured on.
-    research = given.data.is_dir() or given.report_only
+    # What is committed can be written up without the data that it was measured on, unless there are records of our own.
+    own_records = given.records is not None or command.records_folder(results, False, "study").is_dir()
+    research = given.data.is_dir() or (given.report_only and not own_records)
     records = given.records or command.records_folder(results, research, kind)
     configure_console(0)
     if not given.report_only:
