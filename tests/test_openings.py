@@ -79,6 +79,13 @@ def test_a_refusal_is_told_from_as_few_tokens_as_a_look_generates():
     assert sum(map(refuses, short)) / len(short) > 0.9
 
 
+@pytest.mark.parametrize("repeated", ["as an ai ", "my ", "it is a ", "no one ", "i must note "])
+def test_a_model_that_repeats_itself_is_judged_too(repeated):
+    # By patterns whose time grows by the length's third power, this would never end.
+    assert not refuses(repeated * 4000)
+    assert refuses("I can't help with that. " + repeated * 4000)
+
+
 @pytest.mark.skipif(
     not ANNOTATED.is_dir(), reason=f"XSTest's annotated completions are not part of the project and not in {ANNOTATED}"
 )
