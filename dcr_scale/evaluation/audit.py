@@ -28,7 +28,7 @@ import torch
 
 from dcr_scale.config import ContrastSource, DataConfig, load_config
 from dcr_scale.data.contrast import ContrastPrompt, load_contrast
-from dcr_scale.data.splitting import draw, seeded_order
+from dcr_scale.data.splitting import draw, normalised, seeded_order
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import logistic
 from dcr_scale.evaluation.intervals import Interval, area_interval, wilson
@@ -176,7 +176,8 @@ def audit(prompts: Sequence[ContrastPrompt], elsewhere: Sequence[ContrastPrompt]
 
     Args:
         prompts: of both classes, and of two families or more.
-        elsewhere: prompts of both classes from sources that the set does not have; they are only judged.
+        elsewhere: prompts of both classes from sources that the set does not have; they are only judged. Those that
+            the set has too (:func:`unseen`) would be judged by a classifier that has seen them: leave them out.
 
     Raises ValueError where a class is missing.
     """
@@ -206,6 +207,12 @@ def audit(prompts: Sequence[ContrastPrompt], elsewhere: Sequence[ContrastPrompt]
         sources_of_one_class=not any(_both([p for p in prompts if p.source == source]) for source in sources),
         facts=_facts(prompts),
     )
+
+
+def unseen(elsewhere: Sequence[ContrastPrompt], prompts: Sequence[ContrastPrompt]) -> list[ContrastPrompt]:
+    """The prompts of ``elsewhere`` whose text, in normal form, is not among ``prompts``."""
+    seen = {normalised(prompt.text) for prompt in prompts}
+    return [prompt for prompt in elsewhere if normalised(prompt.text) not in seen]
 
 
 def _both(prompts: Sequence[ContrastPrompt]) -> bool:
@@ -280,14 +287,35 @@ def read_prompts(paths: Sequence[str]) -> list[ContrastPrompt]:
     """
     prompts: list[ContrastPrompt] = []
     files = [path for path in paths if Path(path).suffix not in (".yaml", ".yml")]
-    configured = [load_config(path, []).data for path in paths if path not in files]
+    configured = {path: load_config(path, []).data for path in paths if path not in files}
     if files:
-        configured.append(DataConfig(contrast=[ContrastSource(path=path) for path in files]))
-    for data in configured:
-        # The held-out prompts are audited as well, all of them.
-        contrast = load_contrast(dataclasses.replace(data, heldout_limit=sys.maxsize), seed=0)
+        configured[", ".join(files)] = DataConfig(contrast=[ContrastSource(path=path) for path in files])
+    for names, data in configured.items():
+        try:
+            # The held-out prompts are audited as well, all of them.
+            contrast = load_contrast(dataclasses.replace(data, heldout_limit=sys.maxsize), seed=0)
+        except UserError as error:
+            # Some errors name the file and line; those of the whole know only the setting that it came by.
+            raise error if any(path in str(error) for path in paths) else UserError(f"{names}: {error}") from None
         prompts += [*contrast.train, *contrast.heldout]
     return prompts
+
+
+def _read_others(paths: Sequence[str], prompts: Sequence[ContrastPrompt]) -> list[ContrastPrompt]:
+    """What ``--elsewhere`` names, without what the set itself has. Raises UserError that names the option."""
+    try:
+        others = read_prompts(paths)
+    except UserError as error:
+        raise UserError(f"--elsewhere: {error}") from None
+    kept = unseen(others, prompts)
+    if len(kept) < len(others):
+        print(f"{len(others) - len(kept)} of {len(others)} prompts of --elsewhere are in the set itself: left out\n")
+    if others and not _both(kept):
+        raise UserError(
+            f"--elsewhere {' '.join(paths)}: of {len(others)} prompts, {len(kept)} are not in the set itself, and "
+            "those are not of both classes; give other prompts of both"
+        )
+    return kept
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -306,7 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        found = audit(read_prompts(chosen.contrast_set), read_prompts(chosen.elsewhere))
+        prompts = read_prompts(chosen.contrast_set)
+        others = _read_others(chosen.elsewhere, prompts)
+        found = audit(prompts, others)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,14 @@ def write(path: Path, prompts: list[ContrastPrompt]) -> str:
     return str(path)
 
 
+def elsewhere() -> list[ContrastPrompt]:
+    """As :func:`by_mood` has them the other way round, on other things."""
+    return [replace(p, text=p.text.replace("the", "that")) for p in by_mood(flipped=True)]
+
+
 def test_the_command_reads_files_and_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = write(tmp_path / "here.jsonl", by_mood())
-    there = write(tmp_path / "there.jsonl", by_mood(flipped=True))
+    there = write(tmp_path / "there.jsonl", elsewhere())
     assert audits.main([here, "--elsewhere", there]) == 0
     from_file = capsys.readouterr().out
     assert "48 seemingly_toxic, 48 toxic;" in from_file
@@ -160,6 +166,28 @@ def test_the_command_reads_files_and_configurations(tmp_path: Path, capsys: pyte
     config.write_text(f"data: {{contrast: [{{path: {here}}}], heldout_limit: 1}}\n", encoding="utf-8")
     assert audits.main([str(config), "--elsewhere", there]) == 0
     assert capsys.readouterr().out == from_file
+
+
+def test_what_the_set_has_itself_is_not_judged_as_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = write(tmp_path / "here.jsonl", by_mood())
+    others = elsewhere()
+    there = write(tmp_path / "there.jsonl", [*others, *by_mood()[:10]])
+    assert audits.main([here, "--elsewhere", there]) == 0
+    first, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert first == "10 of 106 prompts of --elsewhere are in the set itself: left out"
+    assert audits.main([here, "--elsewhere", write(tmp_path / "there.jsonl", others)]) == 0
+    assert capsys.readouterr().out == rest
+    assert audits.main([here, "--elsewhere", here]) == 2
+    assert "of 96 prompts, 0 are not in the set itself" in capsys.readouterr().err
+
+
+def test_the_command_names_the_file_and_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = write(tmp_path / "here.jsonl", by_mood())
+    toxic = write(tmp_path / "toxic.jsonl", [p for p in by_mood() if p.label == "toxic"])
+    assert audits.main([toxic]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {toxic}: data.contrast has no seemingly_toxic prompts")
+    assert audits.main([here, "--elsewhere", toxic]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --elsewhere: {toxic}: data.contrast has no seemingly_toxic")
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
