@@ -83,7 +83,7 @@ class Evaluation:
         self.checkpoint = Checkpoint.open(self.source, allow_pickle=config.model.allow_pickle)
         with world.agreed():
             training = trained_on(config.run, self.source)
-            self.general = held_out(config, training.run)
+            self.general = held_out(config, training)
         asked = {**self.suites, "perplexity": self.general}
         self.overlaps = (
             [overlap(name, prompts, training.prompts) for name, prompts in asked.items()]
@@ -199,8 +199,9 @@ class Evaluation:
         """What a completion depends on, but for rounding: completions of two evaluations mix only where it agrees."""
         config = self.config
         return {
-            "model": str(self.source),
+            # By what is in the folder, not by its path: a model that was moved is the same.
             "weights": weights_digest(self.checkpoint),
+            "model_config": digest((self.source / "config.json").read_bytes()),
             "engine": config.engine,
             "precision": str(self.dtype).removeprefix("torch."),
             "max_new_tokens": config.max_new_tokens,
@@ -246,7 +247,7 @@ def describe(config: EvaluateConfig) -> str:
     for name, prompts in read_suites(config).items():
         counts = ", ".join(f"{count} {label.replace('_', ' ')}" for label, count in class_counts(prompts).items())
         lines.append(f"{name}: {counts}")
-    lines.append(f"perplexity: {len(held_out(config, None))} held-out general answers")
+    lines.append(f"perplexity: {len(held_out(config))} held-out general answers")
     lines += [f"lm-evaluation-harness: {', '.join(config.tasks)}"] if config.tasks else []
     return "\n".join([*lines, f"{config.model.path}, at most {config.max_new_tokens} new tokens -> {config.folder}"])
 

@@ -22,6 +22,9 @@ class TrainedOn:
     prompts: Mapping[str, list[str]] | None
 
 
+UNKNOWN = TrainedOn(None, None)
+
+
 def trained_on(given: str | None, model: Path) -> TrainedOn:
     """What the run ``given`` saw, or else the run in whose folder the model lies.
 
@@ -34,7 +37,7 @@ def trained_on(given: str | None, model: Path) -> TrainedOn:
         if given is not None:
             raise UserError(f"--run {given}: no config.yaml there; give a run's folder, such as runs/<name>")
         log.info("no run is known of this model, so its training prompts are not looked for in the suites: give --run")
-        return TrainedOn(None, None)
+        return UNKNOWN
     try:
         run = load_config(path, [])
         prompts = training_prompts(run)
@@ -42,7 +45,7 @@ def trained_on(given: str | None, model: Path) -> TrainedOn:
         if given is not None:
             raise UserError(f"--run {given}: {error}") from None
         log.warning("%s: training prompts are not looked for in the suites: %s", path, error)
-        return TrainedOn(None, None)
+        return UNKNOWN
     log.info("training prompts of the run in %s are looked for in the suites", folder)
     return TrainedOn(run, prompts)
 

@@ -21,10 +21,12 @@ from transformers import AutoTokenizer
 from dcr_scale import typed_yaml
 from dcr_scale.config import load_config
 from dcr_scale.data.chat import ChatEncoder
-from dcr_scale.evaluation.evaluate_prompts import read_suites
+from dcr_scale.errors import UserError
+from dcr_scale.evaluation.evaluate_prompts import held_out, read_suites
 from dcr_scale.evaluation.evaluate_settings import load_settings
 from dcr_scale.evaluation.identity import weights_digest
 from dcr_scale.evaluation.intervals import wilson
+from dcr_scale.evaluation.training_prompts import TrainedOn, training_prompts
 from dcr_scale.models.checkpoint import Checkpoint
 
 
@@ -92,6 +94,46 @@ def test_the_summary_counts_what_the_completions_say(
     assert "8 of 8 prompts were answered before" in capfd.readouterr().err
     assert launched("--model", model, *files, "--out", out, "--max-new-tokens", "5") == 2
     assert "another evaluation (max_new_tokens was 4 and is 5); give another folder by --out" in capfd.readouterr().err
+
+
+def test_a_model_that_was_moved_is_the_same(
+    tmp_path: Path, files: list[str], launched: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    folder, out = toy_checkpoint(tmp_path / "here"), tmp_path / "out"
+    assert launched("--model", folder, *files, "--out", out) == 0
+    moved = folder.rename(tmp_path / "there")
+    assert launched("--model", moved, *files, "--out", out) == 0
+    assert "8 of 8 prompts were answered before" in capfd.readouterr().err
+    path = moved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+    assert launched("--model", moved, *files, "--out", out) == 2
+    assert "another evaluation (model_config was" in capfd.readouterr().err
+
+
+def test_what_a_run_trained_on_is_no_held_out_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another source beside the built-in instructions changes which of those the run holds out."""
+    extra = write_jsonl(tmp_path / "extra.jsonl", general_rows())
+    data = {"general": [{"path": "builtin"}, {"path": str(extra)}], "heldout_limit": 20}
+    run = load_config(write_jsonl(tmp_path / "run.yaml", [{"data": data}]), [])
+    settings = load_settings([])
+    training = TrainedOn(run, training_prompts(run))
+    trained = {text for texts in training.prompts.values() for text in texts}  # type: ignore[union-attr]
+    assert trained & {prompt.text for prompt in held_out(settings, TrainedOn(run, None))}
+    caplog.set_level("INFO")
+    kept = held_out(settings, training)
+    assert kept and not trained & {prompt.text for prompt in kept}
+    assert "built-in held-out general answers were trained on: left out" in caplog.text
+    everything = {"data.general": [prompt.text for prompt in held_out(settings)]}
+    with pytest.raises(UserError, match="give others by --perplexity"):
+        held_out(settings, TrainedOn(None, everything))
+
+
+def test_prompts_that_a_suite_repeats_are_counted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*contrast_rows()][:4]
+    suite = write_jsonl(tmp_path / "mine.jsonl", [*rows, rows[0]])
+    caplog.set_level("INFO")
+    assert len(read_suites(load_settings([f"suite=[{suite}]"]))["mine"]) == 5
+    assert "mine: 1 of 5 prompts repeat another; each counts" in caplog.text
 
 
 def test_a_run_s_training_prompts_are_found_in_the_suite(
