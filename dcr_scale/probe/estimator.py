@@ -71,17 +71,18 @@ def cut_into_blocks(sketches: Tensor, rank: int) -> Tensor:
 class Estimate:
     """Estimates for pairs of prompts: float64 [I, J], ``by_layer`` [layers, I, J].
 
-    ``deviations`` float64 [K, I, J]: a root of the errors' covariance. Two entries of ``squared`` have the covariance
-    Σ_k of the products of their deviations: prompts share probes and projections, so their errors go together.
-    They are those of jackknives: see :func:`jackknives`.
+    ``known``: c² V, the part of ``squared`` that is no estimate. ``deviations`` float64 [K, I, J]: a root of the
+    errors' covariance. Two entries of ``squared`` have the covariance Σ_k of the products of their deviations: prompts
+    share probes and projections, so their errors go together. They are those of jackknives: see :func:`jackknives`.
     """
 
     squared: Tensor
+    known: Tensor
     deviations: Tensor
     by_layer: Tensor
 
-    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.squared, self.deviations, self.by_layer
+    def fields(self) -> tuple[Tensor, ...]:
+        return self.squared, self.known, self.deviations, self.by_layer
 
 
 def estimate(products: Tensor, cross: Tensor | None, c: Tensor, vocabulary: int, blocks: Blocks) -> Estimate:
@@ -105,13 +106,14 @@ def estimate(products: Tensor, cross: Tensor | None, c: Tensor, vocabulary: int,
 
     squares = (total * partner).sum(dim=0) * apart  # [I, J, R, R]
     traces = total.mean(dim=0).diagonal(dim1=-2, dim2=-1)  # [I, J, R]
-    squared = c**2 * vocabulary + 2 * c * traces.mean(dim=-1) + squares.sum(dim=(-2, -1)) / pairs
+    known = c**2 * vocabulary
+    squared = known + 2 * c * traces.mean(dim=-1) + squares.sum(dim=(-2, -1)) / pairs
     layers = products[:-1]
     partner = partner * apart
     by_layer = torch.stack([(layer * partner).sum(dim=(0, -2, -1)) for layer in layers]) / pairs
     by_layer = by_layer + c * layers.mean(dim=1).diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     deviations = [*_probe_deviations(traces, squares, c), *_sketch_deviations(total, c, blocks, apart / pairs)]
-    return Estimate(squared, torch.stack(deviations), by_layer)
+    return Estimate(squared, known, torch.stack(deviations), by_layer)
 
 
 def jackknives(groups: int, probes: int) -> list[int]:
@@ -157,16 +159,16 @@ def _deviations(replicates: Tensor) -> Tensor:
     return (replicates - replicates.mean(dim=0)) * ((count - 1) / count) ** 0.5
 
 
-def log_error(squared: Tensor, deviations: Tensor, counts: Sequence[int]) -> Tensor:
+def log_error(estimated: Tensor, deviations: Tensor, counts: Sequence[int]) -> Tensor:
     """Standard error of log T by the jackknife of the logarithm: [I, J], NaN where T or a replicate is not positive."""
-    variance = torch.zeros_like(squared)
+    variance = torch.zeros_like(estimated)
     for part, count in zip(deviations.split(list(counts)), counts, strict=True):
         if count == 1:
-            variance = variance + (part[0] / squared) ** 2
+            variance = variance + (part[0] / estimated) ** 2
         else:
-            logs = (1 + part * (count / (count - 1)) ** 0.5 / squared).log()
+            logs = (1 + part * (count / (count - 1)) ** 0.5 / estimated).log()
             variance = variance + (count - 1) * logs.var(dim=0, correction=0)
-    return variance.sqrt().where(squared > 0, torch.nan)
+    return variance.sqrt().where(estimated > 0, torch.nan)
 
 
 def student_t(level: float, degrees: float) -> float:

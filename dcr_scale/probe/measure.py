@@ -49,6 +49,8 @@ class KernelSimilarity:
     Attributes:
         squared: float64 [Na, Nb], an unbiased estimate of ‖K(a_i, b_j)‖²_F. Never clipped: it can be negative near
             zero.
+        known: float64 [Na, Nb], the part of ``squared`` that the head's own gradient makes, which no draw enters; all
+            of it where exact.
         deviations: float64 [K, Na, Nb], a root of the covariance of ``squared``'s errors over output probes and sketch
             groups, by the jackknife: two entries have the covariance Σ_k deviations[k] · deviations[k]. Prompts share
             probes and projections, so much of the error is common to them, and cancels in ratios. No rows where exact.
@@ -61,6 +63,7 @@ class KernelSimilarity:
     """
 
     squared: Tensor
+    known: Tensor
     deviations: Tensor
     by_layer: Tensor
     self_squared: Tensor
@@ -86,18 +89,19 @@ class KernelSimilarity:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of ``squared``, float64 [Na, Nb] each, by Student's t with R − 1 degrees of freedom.
 
-        The jackknife is that of the logarithm, as a square's error grows with it, so the interval is not symmetric.
-        It is where the estimate, or what is left of it without one probe, is not positive. Raises ValueError for a
-        level outside (0, 1).
+        The jackknife is that of the logarithm of what is estimated, ``squared`` less ``known``, as a square's error
+        grows with it, so the interval is not symmetric. It is where that estimate, or what is left of it without one
+        probe, is not positive. Raises ValueError for a level outside (0, 1).
         """
         if self.probes == 0:
             return self.squared, self.squared
         t = student_t(level, self.probes - 1)
-        factor = (t * log_error(self.squared, self.deviations, self.jackknives)).exp()
+        estimated = self.squared - self.known
+        factor = (t * log_error(estimated, self.deviations, self.jackknives)).exp()
         symmetric, margin = factor.isnan(), t * self.stderr
-        lower = torch.where(symmetric, self.squared - margin, self.squared / factor)
-        upper = torch.where(symmetric, self.squared + margin, self.squared * factor)
-        return lower, upper
+        lower = torch.where(symmetric, estimated - margin, estimated / factor)
+        upper = torch.where(symmetric, estimated + margin, estimated * factor)
+        return self.known + lower, self.known + upper
 
 
 class KernelProbe:
@@ -227,7 +231,8 @@ class KernelProbe:
             own = pairs(left, left, True)
             own_squared, own_deviations = own.squared[:, 0], own.deviations[..., 0]
         return KernelSimilarity(
-            found.squared.cpu(), found.deviations.cpu(), found.by_layer.cpu(), own_squared.cpu(), own_deviations.cpu(),
+            found.squared.cpu(), found.known.cpu(), found.deviations.cpu(), found.by_layer.cpu(), own_squared.cpu(),
+            own_deviations.cpu(),
             probes=0 if exact else self.output_probes,
             jackknives=() if exact else tuple(jackknives(self.groups, self.output_probes)),
         )  # fmt: skip

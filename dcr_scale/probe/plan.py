@@ -180,7 +180,7 @@ def _products_sent(prompts: int, sender: int, shares: list[range], slices: int, 
     """Bytes of inner products that one rank hands to the ranks which add up a block of pairs, and of the estimates of
     its own blocks, which every rank gets."""
     world_size, blocks = len(shares), groups if groups > 1 else 4
-    estimate = 1 + sum(jackknives(groups, probes)) + slices - 1
+    estimate = 2 + sum(jackknives(groups, probes)) + slices - 1
     sent = 0
     for number, (rows, met) in enumerate(pair_blocks(prompts, prompts, slices, blocks, probes, symmetric=True)):
         pairs = len(rows) * len(met)

@@ -219,9 +219,9 @@ def _share(local: Estimate | None, count: int, layers: int, device: torch.device
     if local is None:
         packed = torch.empty(0, dtype=torch.float64, device=device)
     else:
-        packed = torch.cat([local.squared[None], local.deviations, local.by_layer])
+        packed = torch.cat([local.squared[None], local.known[None], local.deviations, local.by_layer])
     shared = []
     for received in exchange([packed] * world_size())[:count]:
-        squared, deviations, by_layer = received.cpu().split([1, len(received) - 1 - layers, layers])
-        shared.append(Estimate(squared[0], deviations, by_layer))
+        (squared, known), deviations, by_layer = received.cpu().split([2, len(received) - 2 - layers, layers])
+        shared.append(Estimate(squared, known, deviations, by_layer))
     return shared

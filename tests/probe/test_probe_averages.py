@@ -22,6 +22,7 @@ def measurement(squared_NN: Tensor, deviations_KNN: Tensor | None = None) -> Ker
     deviations_KNN = squared_NN.new_zeros(0, *squared_NN.shape) if deviations_KNN is None else deviations_KNN
     return KernelSimilarity(
         squared_NN,
+        torch.zeros_like(squared_NN),
         deviations_KNN,
         squared_NN[None] * torch.tensor([0.25, 0.5]).view(2, 1, 1),
         squared_NN.diagonal(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from rank_pool import RankPool
 from toy_models import toy_model
 from transformers import LlamaConfig
 
-from dcr_scale.probe import KernelProbe, measure
+from dcr_scale.models.trunk import decoder_layers
+from dcr_scale.probe import KernelProbe, head, measure
+from dcr_scale.probe.head import gathered
 from dcr_scale.probe.plan import plan_measurement
 from dcr_scale.probe.reduction import own_slices
 from dcr_scale.probe.sketch import SketchSink
@@ -21,8 +24,8 @@ SETTINGS = {"rank": 4, "groups": 3, "output_probes": 2, "micro_batch_tokens": 9}
 
 
 def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int]:
-    """What this rank sent by all_to_all, received of parameters and held of sketches, and its largest pickle, in one
-    measurement."""
+    """What this rank sent by all_to_all, received of parameters and held, how many steps it took, and its largest
+    pickle, in one measurement."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
@@ -41,8 +44,12 @@ def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    count = {"exchanged": 0, "gathered": 0, "pickled": 0, "kept": 0, "sketches": 0, "slices": 0}
-    entered = 0
+    names = "exchanged gathered pickled kept sketches slices micro_steps partition layer head checkpoints"
+    count = dict.fromkeys(names.split(), 0)
+    entered = inputs_of_layers = 0
+    layers = decoder_layers(engine.module)
+    count["partition"] = sum(p.ds_tensor.numel() * p.element_size() for p in engine.module.parameters())
+    count["layer"] = max(sum(p.ds_numel * p.element_size() for p in layer.parameters()) for layer in layers)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     all_to_all = torch.distributed.all_to_all_single
     gather_object = torch.distributed.all_gather_object
@@ -56,6 +63,25 @@ def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int
     def measuring_pickles(everyone, own):
         count["pickled"] = max(count["pickled"], len(pickle.dumps(own)))
         return gather_object(everyone, own)
+
+    @contextmanager
+    def measuring_head(parameter):
+        with gathered(parameter):
+            count["head"] = max(count["head"], parameter.nbytes)
+            yield
+
+    def stepping(probe, *arguments):
+        nonlocal inputs_of_layers
+        inputs_of_layers = 0
+        count["micro_steps"] += 1
+        return run(probe, *arguments)
+
+    def entering(layer, args, kwargs):
+        # Layers that run once more, in the backward pass, run under the engine of autograd.
+        nonlocal inputs_of_layers
+        if checkpointing and count["micro_steps"] and torch._C._current_graph_task_id() == -1:
+            inputs_of_layers += args[0].nbytes
+            count["checkpoints"] = max(count["checkpoints"], inputs_of_layers)
 
     class CountingSink(SketchSink):
         def begin(self, layout):
@@ -84,7 +110,10 @@ def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int
 
         return counted
 
+    run = KernelProbe._run
+    hooks = [layer.register_forward_pre_hook(entering, with_kwargs=True) for layer in layers]
     measure.SketchSink, measure.own_slices = CountingSink, counting_slices
+    head.gathered, KernelProbe._run = measuring_head, stepping
     torch.distributed.all_to_all_single = counting_exchange
     torch.distributed.all_gather_object = measuring_pickles
     for name, gather in gathers.items():
@@ -93,6 +122,9 @@ def counted_bytes(family: str, tied: bool, checkpointing: bool) -> dict[str, int
         KernelProbe(engine, **SETTINGS).measure(PROMPTS)
     finally:
         measure.SketchSink, measure.own_slices = SketchSink, own_slices
+        head.gathered, KernelProbe._run = gathered, run
+        for hook in hooks:
+            hook.remove()
         torch.distributed.all_to_all_single = all_to_all
         torch.distributed.all_gather_object = gather_object
         for name, gather in gathers.items():
@@ -119,8 +151,12 @@ def test_planned_bytes_are_those_counted(
         **SETTINGS,
     )
     counts = ranks.run(counted_bytes, family, tied, checkpointing, world_size=world_size, timeout=300.0)
-    for what in ("exchanged", "kept", "sketches", "slices"):
-        assert max(count[what] for count in counts) == getattr(plan, what), what
+    largest = {what: max(count[what] for count in counts) for what in counts[0]}
+    for what in ("exchanged", "kept", "sketches", "slices", "micro_steps", "partition", "layer", "head", "checkpoints"):
+        assert largest[what] == getattr(plan, what), what
+    in_passes = largest["layer"] + largest["checkpoints"] + largest["kept"] + largest["sketches"]
+    afterwards = largest["sketches"] + largest["slices"]
+    assert plan.held == largest["partition"] + max(largest["head"], in_passes, afterwards)
     for count in counts:
         # Shapes: no numbers travel beside those that are counted.
         assert count["pickled"] < 100 * world_size
