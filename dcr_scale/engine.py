@@ -30,7 +30,7 @@ from dcr_scale.config import EngineConfig, OptimizerConfig
 from dcr_scale.errors import UserError
 from dcr_scale.models.weights import OwnPart, own_part
 from dcr_scale.world import World
-from dcr_scale.zero3 import UndefinedWeights, gathered_by, mark_leaves, release, untraced
+from dcr_scale.zero3 import UndefinedWeights, gathered_by, mark_leaves, release, untraced, without_leaf_reductions
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,10 @@ class Engine:
         """Passes through the module inside the context are none of training's: in evaluation mode, and unknown to the
         trace by which DeepSpeed gathers parameters ahead. Between updates only; afterwards the module trains on."""
         offload = self._optimizer.parameter_offload
-        with gathered_by(offload, untraced(offload.param_coordinator)):
+        with (
+            without_leaf_reductions(self._optimizer),
+            gathered_by(offload, untraced(offload.param_coordinator)),
+        ):
             self.train(False)
             try:
                 yield

@@ -6,6 +6,7 @@ All of it reaches into DeepSpeed's own parts, and none of it is needed elsewhere
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,31 @@ def gathered_by(offload: Any, coordinator: Any) -> Iterator[None]:
         # Modules whose inputs need no gradient wait for a hook that never comes.
         coordinator.release_backward_leftovers()
         offload.param_coordinator = usual
+
+
+def offload_of(module: nn.Module) -> Any:
+    """What gathers the parameters of a module that an engine has taken over, alone or within a larger one; None where
+    none has. The module's hooks alone know it."""
+    for hook in module._forward_pre_hooks.values():
+        for cell in inspect.unwrap(hook).__closure__ or ():
+            if isinstance(cell.cell_contents, parameter_offload.DeepSpeedZeRoOffload):
+                return cell.cell_contents
+    return None
+
+
+@contextmanager
+def without_leaf_reductions(optimizer: Any) -> Iterator[None]:
+    """Backward passes inside the context reduce no gradients of leaf modules, zero as they are where nothing trains."""
+    reductions = [(hook.hooks_dict_ref(), hook.id) for hook in getattr(optimizer, "_leaf_module_hooks", ())]
+    before = [(hooks, dict(hooks)) for hooks, _ in reductions]
+    for hooks, number in reductions:
+        del hooks[number]
+    try:
+        yield
+    finally:
+        for hooks, all_of_them in before:
+            hooks.clear()
+            hooks.update(all_of_them)
 
 
 def mark_leaves(module: nn.Module) -> None:

@@ -38,7 +38,16 @@ class Disk:
 
 
 def plan_disk(
-    modules: ModuleList, *, whole: int, adapted: int, export: str, file_bytes: int, every: int, keep: int, steps: int
+    modules: ModuleList,
+    *,
+    whole: int,
+    adapted: int,
+    export: str,
+    file_bytes: int,
+    every: int,
+    keep: int,
+    steps: int,
+    probed: bool = False,
 ) -> Disk:
     """Of one stage.
 
@@ -48,13 +57,14 @@ def plan_disk(
         export: merged, adapter or both.
         file_bytes: of an element in the checkpoint's files.
         every, keep: steps between two states of training, 0 for none, and how many of them are kept.
+        probed: a probe reads the whole model beside the stage's own.
     """
     adapters = sum(p.numel for p in modules.parameters if p.adapter)
     changed = adapted or modules.trained
     merged = export in ("merged", "both")
     states = min(keep + 1, (steps - 1) // every) if every else 0
     return Disk(
-        loaded=(modules.held - adapters) * file_bytes,
+        loaded=(modules.held - adapters + (whole if probed else 0)) * file_bytes,
         copied=(whole - changed) * file_bytes if merged else 0,
         exported=(whole * file_bytes if merged else 0) + (adapters * _FLOAT if export in ("adapter", "both") else 0),
         # Masters and both moments, which is all that training adds to the source.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dcr_scale.config import EngineConfig
@@ -28,6 +30,7 @@ class Memory:
         activations: what one micro-batch's forward pass keeps.
         workspace: what passes hold beside that, or the update beside gradients and optimiser, whichever is more.
             These three are of one moment, in the layers or above them, whichever takes more.
+        probe: the whole model that ``probe.every`` keeps beside stage 1's trunk, the rank's part.
         host: parameters or optimiser that are offloaded.
         nvme: the same on the local disk.
     """
@@ -39,6 +42,7 @@ class Memory:
     gathered: int
     activations: int
     workspace: int
+    probe: int
     host: int
     nvme: int
 
@@ -61,8 +65,10 @@ def plan_memory(
     *,
     world_size: int,
     element_bytes: int,
+    probed: Sequence[int] = (),
 ) -> Memory:
-    """Of one rank. ``element_bytes``: of a parameter, 2 in bf16 and 4 in float32."""
+    """Of one rank. ``element_bytes``: of a parameter, 2 in bf16 and 4 in float32. ``probed``: elements of each of the
+    parameters of a model that a probe keeps beside the stage's own."""
     partitions = sum(p.part(world_size) for p in modules.parameters)
     trained = sum(p.part(world_size) for p in modules.parameters if p.trained)
     kept = persistent(modules, settings)
@@ -101,6 +107,7 @@ def plan_memory(
         gathered=gathered,
         activations=kept_bytes,
         workspace=max(passes - kept_bytes + outsized * element_bytes, update - gathered - kept_bytes),
+        probe=sum(math.ceil(numel / world_size) for numel in probed) * element_bytes,
         host=host,
         nvme=nvme,
     )

@@ -90,13 +90,19 @@ class Planner:
         # flash-attn keeps no more than torch's kernel, which is at hand wherever torch is.
         self.attention = attention.SDPA if asked == "sdpa" or not on_gpu else attention.TORCH_VARLEN
         trust = config.model.trust_remote_code
-        self.whole = sum(p.numel() for p in build_skeleton(found.config, trust_remote_code=trust).parameters())
+        skeleton = build_skeleton(found.config, trust_remote_code=trust)
+        self.sizes = [parameter.numel() for parameter in skeleton.parameters()]
         self.modules: dict[str, ModuleList] = {}
         if self.config.refine is not None:
             self.modules["refine"] = trunk_modules(found.config, self.config.refine, trust_remote_code=trust)
         if self.config.align is not None:
             self.modules["align"] = whole_modules(found.config, self.config.align, trust_remote_code=trust)
         self._activations: dict[object, Activations] = {}
+
+    @property
+    def whole(self) -> int:
+        """Parameters of the whole model."""
+        return sum(self.sizes)
 
     def _choose_layer(self) -> None:
         folder, settings = Path(self.config.model.path), self.config.refine
@@ -123,7 +129,10 @@ class Planner:
             modules, engine, world_size=gpus, micro_steps=micro_steps, twice=work.twice, checkpointing=checkpointing
         )
         sizes = {"world_size": gpus, "element_bytes": self.dtype.itemsize}
-        memory = plan_memory(modules, engine, gathers, self._activations_of(name, work), **sizes)
+        memory = plan_memory(
+            modules, engine, gathers, self._activations_of(name, work), **sizes,
+            probed=self.sizes if self._probed(name) else (),
+        )  # fmt: skip
         traffic = plan_traffic(
             modules, engine, gathers, **sizes, micro_steps=micro_steps,
             rows=math.ceil(work.batch / gpus) if name == "refine" else len(work.beside[0]),
@@ -178,7 +187,12 @@ class Planner:
             every=states.every or 0,
             keep=states.keep_last + (work.steps // states.keep_every if states.keep_every else 0),
             steps=work.steps,
+            probed=self._probed(name),
         )
+
+    def _probed(self, name: str) -> bool:
+        """Whether the stage holds the whole model beside its own, for the probe: stage 2's own is the whole."""
+        return name == "refine" and bool(self.config.probe.every)
 
     def _times(
         self,

@@ -19,6 +19,7 @@ _PARTS = {
     "gathered": "gathered layers",
     "activations": "activations",
     "workspace": "workspace",
+    "probe": "whole model, for the probe",
 }
 
 
@@ -37,6 +38,8 @@ def table(plans: Sequence[StagePlan], notes: Sequence[str]) -> str:
     row("steps, at most", lambda p: f"{p.work.steps:,}")
     rows.append(("memory of a GPU", []))
     for part, title in _PARTS.items():
+        if part == "probe" and not any(plan.memory.probe for plan in plans):
+            continue
         row(f"  {title}", lambda p, part=part: _gib(p.memory.parts[part]))  # type: ignore[misc]
     row("  outside tensors, reserved", lambda p: _gib(RESERVE))
     row("  in all", lambda p: _gib(p.memory.total + RESERVE))

@@ -13,7 +13,7 @@ from dcr_scale.data.packing import Pack, pack
 from dcr_scale.models.packing_check import found_leak
 from dcr_scale.models.trunk import decoder_layers
 from dcr_scale.probe.agreement import agree
-from dcr_scale.probe.guard import borrowed
+from dcr_scale.probe.guard import borrowed, unnoticed
 from dcr_scale.separation import gathered_rows
 from dcr_scale.world import World
 
@@ -88,6 +88,6 @@ def rows_at_depths(
                 hook.remove()
         return torch.stack(rows, dim=1)
 
-    with borrowed(model, packed=True, dtype=next(model.parameters()).dtype):
+    with borrowed(model, packed=True, dtype=next(model.parameters()).dtype), unnoticed(model, model):
         agree(leak_between(model, encoded))
         return gathered_rows(run, encoded, prefix=prefix, token_limit=token_limit, world=world)

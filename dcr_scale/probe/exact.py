@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Estimate
 from dcr_scale.probe.head import Head, gathered
 from dcr_scale.probe.layout import Routing, TokenLayout
-from dcr_scale.probe.units import Unit
+from dcr_scale.probe.units import Unit, shape_of
 
 # Rows of the head taken at once, so that no V × V matrix is ever held.
 _HEAD_ROWS = 512
@@ -101,8 +102,10 @@ def exact_kernel(
     """Exact ‖K‖²_F, with no error, for any pairs of ``sequences``. Every rank computes all of it.
 
     ``run``: one micro-batch of prompts through ``capture``, with its cotangents; gives the final hidden states.
-    Raises ValueError on all ranks alike for what went wrong in the passes.
+    Raises ValueError on all ranks alike for what went wrong in the passes, and before them where the factors would not
+    fit into memory.
     """
+    agree(_why_too_large(capture, head, sum(map(len, sequences))))
     directions = torch.eye(head.width, device=head.device)
     factors = []
     for sequence in sequences:
@@ -124,6 +127,24 @@ def exact_kernel(
         return Estimate(squared, squared, squared.new_zeros(0, *squared.shape), by_layer)
 
     return pairs
+
+
+def _why_too_large(capture: Capture, head: Head, tokens: int) -> str | None:
+    """Says so where what all prompts' gradients are made of is more than the memory that is free here."""
+    # Of experts a token meets one at least.
+    rows = sum(
+        unit.shape[0] // (shape_of(unit.parameter)[0] if unit.kind == "experts" else 1)
+        for unit in capture.inventory.units
+        if unit.kind in ("linear", "experts")
+    )
+    needed = torch.float64.itemsize * head.width * tokens * rows
+    free = torch.cuda.mem_get_info(head.device)[0] if head.device.type == "cuda" else psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return (
+        f"the exact kernel keeps {needed / 2**30:.3g} GiB for prompts of {tokens} tokens in all, and "
+        f"{free / 2**30:.3g} GiB are free: give fewer or shorter prompts, or leave exact out"
+    )
 
 
 def _compare(capture: Capture, head: Head, weight_VD: Tensor, left: Factors, right: Factors) -> tuple[Tensor, Tensor]:

@@ -87,31 +87,24 @@ def check_ready(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def unnoticed(engine: Any) -> Iterator[None]:
-    """Passes inside the context leave no mark on a DeepSpeed engine's ZeRO-3.
+def unnoticed(engine: Any, model: PreTrainedModel) -> Iterator[None]:
+    """Passes of ``model`` inside the context leave no mark on the ZeRO-3 that gathers its parameters.
 
-    Training's trace, by which parameters are gathered ahead, would keep the head and the embedding for a backward pass
-    that ends before it reaches them. And blocks of experts would reduce their gradients, zero where there is none.
+    A trace of other passes, by which parameters are gathered ahead, would keep the head and the embedding for a
+    backward pass that ends before it reaches them. And blocks of experts would reduce their gradients, zero where there
+    is none. ``engine`` may be the model itself: whatever else runs it is found.
     """
-    optimizer = getattr(engine, "optimizer", None)
-    offload = getattr(optimizer, "parameter_offload", optimizer)  # an engine without an optimizer has it in its place
-    coordinator = getattr(offload, "param_coordinator", None)
-    if coordinator is None:
+    if not hasattr(next(model.parameters()), "ds_id"):
         yield
         return
-    from dcr_scale.zero3 import gathered_by, untraced
+    from dcr_scale.zero3 import gathered_by, offload_of, untraced, without_leaf_reductions
 
-    reductions = [(hook.hooks_dict_ref(), hook.id) for hook in getattr(optimizer, "_leaf_module_hooks", ())]
-    before = [(hooks, dict(hooks)) for hooks, _ in reductions]
-    for hooks, number in reductions:
-        del hooks[number]
-    try:
-        with gathered_by(offload, untraced(coordinator)):
-            yield
-    finally:
-        for hooks, all_of_them in before:
-            hooks.clear()
-            hooks.update(all_of_them)
+    optimizer = getattr(engine, "optimizer", None)
+    offload = offload_of(model)
+    if offload is None:
+        raise ValueError("the model's parameters are partitioned, and no DeepSpeed engine runs it: initialise one")
+    with without_leaf_reductions(optimizer), gathered_by(offload, untraced(offload.param_coordinator)):
+        yield
 
 
 @contextmanager

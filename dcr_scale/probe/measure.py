@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -26,6 +28,10 @@ from dcr_scale.probe.projections import Projections
 from dcr_scale.probe.reduction import Products, collect_rows, estimate_pairs, own_rank, own_slices, world_size
 from dcr_scale.probe.sketch import SketchSink
 from dcr_scale.probe.units import select, shape_of, take_inventory
+
+log = logging.getLogger(__name__)
+
+_SECONDS_OF_SILENCE = 30
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 # Estimates for prompts left × right (int64 [I], [J]), or where the flag says so for the pairs (left[i], right[i]).
@@ -217,7 +223,7 @@ class KernelProbe:
         kernel = self._exact if exact else self._sketched
         with (
             borrowed(self._model, self.packed, head.dtype),
-            unnoticed(self._engine),
+            unnoticed(self._engine, self._model),
             self._capture.installed(),
         ):
             pairs = kernel(sequences, head)
@@ -239,7 +245,7 @@ class KernelProbe:
 
     def _rule_out_leak(self, sequences: list[tuple[int, ...]], dtype: torch.dtype) -> None:
         """Have prompts padded, or raise ValueError where they must be packed, if packed ones see each other."""
-        with borrowed(self._model, True, dtype), unnoticed(self._engine):
+        with borrowed(self._model, True, dtype), unnoticed(self._engine, self._model):
             leak = first_of(leak_between(self._model, sequences))
         if leak is not None and self._must_pack:
             raise ValueError(f"{leak}; use packed=False")
@@ -299,8 +305,11 @@ class KernelProbe:
         passes = [[torch.tensor(items, device=head.device) for items in step.passes] for step in steps]
         items = torch.cat([which for step in passes for which in step])
         sink = SketchSink(self._inventory, self._projections, head, len(items))
-        hidden = []
-        for step, numbers in zip(steps, passes, strict=True):
+        hidden, said = [], time.monotonic()
+        for done, (step, numbers) in enumerate(zip(steps, passes, strict=True)):
+            if time.monotonic() - said > _SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                log.info("probe: %d of %d micro-steps", done, len(steps))
             cotangents = (head.cotangents(which % probes) for which in numbers)
             hidden_BD = self._run(sink, [sequences[row] for row in step.rows], head, *cotangents)
             hidden += [hidden_BD] * len(numbers)

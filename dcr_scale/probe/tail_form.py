@@ -41,7 +41,7 @@ from dcr_scale.models.trunk import decoder_layers
 from dcr_scale.probe.activations import leak_between
 from dcr_scale.probe.agreement import agree
 from dcr_scale.probe.capture import Capture, Sink
-from dcr_scale.probe.guard import borrowed, check_ready
+from dcr_scale.probe.guard import borrowed, check_ready, unnoticed
 from dcr_scale.probe.head import Head
 from dcr_scale.probe.layout import Routing, TokenLayout
 from dcr_scale.probe.passes import packed_batch
@@ -101,7 +101,7 @@ def estimate_tail_form(
         return inputs, layout, Pooled.of(layout, prefix, pooling)
 
     sizes = TailSizes(inventory, layer)
-    with borrowed(model, True, head.dtype):
+    with borrowed(model, True, head.dtype), unnoticed(model, model):
         agree(leak_between(model, encoded))
         capture = Capture(model, inventory)
         with capture.installed():

@@ -112,6 +112,8 @@ def plan(config: SimilarityConfig, ranks: int) -> str:
     folder = resolve(config.model, weights=False)
     encoder = ChatEncoder(read_tokenizer(folder, config.model))
     lengths = [len(encoder.encode(prompt.text)) for prompt in classes.prompts]
+    # A cluster of GPUs is planned for, where auto is bf16.
+    precision = "fp32" if config.engine.precision == "fp32" else "bf16"
     try:
         planned = plan_measurement(
             read_config(folder, config.model),
@@ -122,14 +124,14 @@ def plan(config: SimilarityConfig, ranks: int) -> str:
             output_probes=config.output_probes,
             parameters=config.parameters,
             micro_batch_tokens=config.micro_batch_tokens,
-            element_bytes=4 if config.engine.precision == "fp32" else 2,
+            element_bytes=4 if precision == "fp32" else 2,
             checkpointing=config.model.gradient_checkpointing,
             persistence_threshold=config.engine.persistence_threshold,
             trust_remote_code=config.model.trust_remote_code,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    return planned.table()
+    return f"{planned.table()}\nin {precision}"
 
 
 def table(found: Averages, classes: Classes) -> str:

@@ -42,6 +42,36 @@ def count_run(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     return counts.stages
 
 
+def count_probed(config: str, overrides: list[str]) -> tuple[int, int]:
+    """On each rank: bytes held of the whole model beside stage 1's trunk, and the weights' bytes read for both."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from dcr_scale import engine as engines
+    from dcr_scale.models import verified_loading
+    from dcr_scale.pipeline import Run
+    from dcr_scale.whole_model import WholeModel
+
+    held, read = [0], [0]
+    close, load = WholeModel.close, verified_loading.load_weights
+
+    def closing(whole: WholeModel) -> None:
+        held[0] = distinct([getattr(p, "ds_tensor", p.data) for p in whole.model.parameters()])
+        close(whole)
+
+    def loading(*args: Any, **named: Any) -> None:
+        before = moved()[0]
+        load(*args, **named)
+        read[0] += moved()[0] - before
+
+    loaded = load_config(config, overrides)
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        mock.patch.object(WholeModel, "close", closing),
+        mock.patch.object(verified_loading, "load_weights", loading),
+    ):
+        Run(loaded, engines.start(loaded.engine)).run()
+    return held[0], read[0]
+
+
 class LiveBytes(TorchDispatchMode):
     """``peak``: the most bytes that tensors made inside the context held at once since it was last set to 0.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counted_run import count_run
+from counted_run import count_probed, count_run
 from rank_pool import RankPool
 from toy import VOCABULARY, save_checkpoint, toy_settings, write_config
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
@@ -75,6 +75,23 @@ def test_planned_bytes_are_those_counted(tmp_path: Path, ranks: RankPool, case: 
     assert [plan.name for plan in plans] == ["refine", "align"]
     for plan, *counts in zip(plans, *per_rank, strict=True):
         compare(plan, counts, planner)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_whole_model_that_a_probe_keeps_is_planned(tmp_path: Path, ranks: RankPool, world_size: int) -> None:
+    source = save_checkpoint(tmp_path / "model", LlamaConfig(**shape(128, 4)))
+    path = str(write_config(tmp_path, toy_settings(tmp_path, source)))
+    overrides = [*COMMON, "align=null", "probe={every: 50, pairs: 2, prompts: 2}"]
+    counts = ranks.run(count_probed, path, overrides, world_size=world_size, timeout=600.0)
+
+    config = load_config(path, overrides)
+    found = FoundModel(read_config(source, config.model), source, "saved here")
+    planner = Planner(config, found, measure_lengths(config, source, Assumed()), on_gpu=False)
+    [plan] = planner.plan(Cluster(world_size, 80 * GIB, DEVICES["h100"]))
+    assert [held for held, _ in counts] == [plan.memory.probe] * world_size
+    assert plan.memory.probe == near(planner.whole * 4 / world_size)
+    # Exporting reads what stage 1 has left alone; it is not loaded.
+    assert sum(read for _, read in counts) == near(plan.disk.loaded)
 
 
 def compare(plan: StagePlan, counts: list[dict[str, Any]], planner: Planner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,3 +137,15 @@ def test_a_parameter_without_a_rule_is_named():
     squared, _ = reference(model.double(), PROMPTS_A, PROMPTS_B, counted)
     result = KernelProbe(model, packed=False, parameters="ln_|wpe").measure(PROMPTS_A, PROMPTS_B, exact=True)
     torch.testing.assert_close(result.squared, squared, rtol=1e-6, atol=0)
+
+
+def test_an_exact_kernel_that_does_not_fit_is_refused_before_its_passes(monkeypatch: pytest.MonkeyPatch):
+    model = toy_model("llama", tied=False)
+    free = SimpleNamespace(available=1000)
+    monkeypatch.setattr("dcr_scale.probe.exact.psutil.virtual_memory", lambda: free)
+    probe = KernelProbe(model)
+    with pytest.raises(
+        ValueError, match=r"the exact kernel keeps .* GiB for prompts of \d+ tokens in all, and 9.31e-07"
+    ):
+        probe.measure(PROMPTS_A, exact=True)
+    probe.measure(PROMPTS_A)

@@ -210,3 +210,24 @@ def test_under_zero3_it_measures_the_same_and_training_never_notices(ranks: Rank
     selves = KernelProbe(model, **SETTINGS).measure(PROMPTS_B).self_squared
     assert_same(probed[0][1][2], trained, selves)
     assert_same(plain[0][1][0], trained, selves)
+
+
+def measure_a_module_that_ran(passes: int) -> KernelSimilarity:
+    """The module itself, which knows nothing of the engine that has taken it over, after forward passes of its own."""
+    engine = zero3(toy_model("llama", tied=True))
+    engine.eval()
+    with torch.no_grad():
+        for _ in range(passes):
+            engine.module(input_ids=torch.tensor([PROMPTS_A[0]]), use_cache=False)
+    found = KernelProbe(engine.module, **SETTINGS).measure(PROMPTS_A, PROMPTS_B)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_a_module_is_measured_as_its_engine_is_whatever_it_ran_before(ranks: RankPool, passes: int):
+    """DeepSpeed gathers ahead by the order of earlier passes, and would keep the embedding for one that never comes."""
+    expected, selves = measured("llama", True)
+    for found in ranks.run(measure_a_module_that_ran, passes, world_size=2, timeout=300.0):
+        assert_same(found, expected, selves)
