@@ -38,6 +38,9 @@ class ModelConfig:
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory")
     trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
     allow_pickle: bool = setting(False, "accept pytorch_model.bin files, which can run code when they are read")
+    template: dict[str, bool | int | str] = setting(
+        dict, "what the chat template is told beside the messages, such as {enable_thinking: false}"
+    )
 
 
 @dataclass

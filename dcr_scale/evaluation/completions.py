@@ -23,6 +23,8 @@ from dcr_scale.evaluation.suites import SuitePrompt
 from dcr_scale.world import World
 
 SETTINGS_FILE = "settings.json"
+# As Qwen3, DeepSeek-R1 and their like write it.
+END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ class Answer:
 
 
 def judged(prompt: SuitePrompt, completion: str, finished: bool) -> Answer:
-    """A completion with its verdicts. An empty one is degenerate."""
-    [verdict] = judge.classify([prompt.text], [completion])
-    return Answer(prompt, completion, finished, verdict.label, verdict.refusal_probability, refuses(completion))
+    """A completion with its verdicts, which are of what is said behind the thought, where there is one. An empty one is
+    degenerate."""
+    said = completion.rpartition(END_OF_THOUGHT)[2]
+    [verdict] = judge.classify([prompt.text], [said])
+    return Answer(prompt, completion, finished, verdict.label, verdict.refusal_probability, refuses(said))
 
 
 class CompletionStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,12 @@ def find_source(model: ModelConfig, world: World) -> Path:
 
 
 def read_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises UserError where it cannot be read, or is code that is not trusted."""
+    """The checkpoint's tokenizer, its chat template told what ``model.template`` says.
+
+    Raises UserError where it cannot be read, or is code that is not trusted, or where there is no template to tell.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # a broken tokenizer folder fails in as many ways as there are formats
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -57,6 +61,20 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
             ) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+    if model.template:
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(f"{folder}: model.template is given, and its tokenizer has no chat template, or several")
+        # In the template itself, so that whoever renders a chat with this tokenizer renders the same.
+        tokenizer.chat_template = "".join(map(_assignment, model.template.items())) + tokenizer.chat_template
+    return tokenizer
+
+
+def _assignment(told: tuple[str, bool | int | str]) -> str:
+    """A variable's assignment in Jinja. Raises UserError for a name that is none."""
+    name, value = told
+    if not name.isidentifier():
+        raise UserError(f"model.template: {name!r} is no name of a template's variable")
+    return f"{{%- set {name} = {json.dumps(value)} %}}"
 
 
 def open_source(folder: Path, config: PretrainedConfig, model: ModelConfig) -> StoredModel:

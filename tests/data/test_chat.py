@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dcr_scale.config import ModelConfig, load_config
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.packing import pack
 from dcr_scale.errors import UserError
+from dcr_scale.models.loading import read_tokenizer
 
 GENERATION = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 TURNS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}" + GENERATION
@@ -191,3 +195,36 @@ def test_the_date_is_the_same_every_day() -> None:
     dated = "Today is {{ strftime_now('%d %b %Y') }}.\n" + TURNS
     ids = ChatEncoder(tokenizer_with(dated)).encode("What day is it?")
     assert tokenizer_with(dated).decode(ids).startswith("Today is 26 Jul 2024.\n")
+
+
+# As templates of models that can do without a thought have it.
+SWITCHED = THINKING.replace(
+    "<|start|>assistant\n{% endif %}",
+    "<|start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}",
+)
+
+
+def test_a_template_is_told_what_the_configuration_says(tmp_path: Path) -> None:
+    tokenizer_with(SWITCHED).save_pretrained(tmp_path)
+    as_it_is = ChatEncoder(read_tokenizer(tmp_path, ModelConfig()))
+    assert decoded(as_it_is, as_it_is.encode("Hi?")).endswith("assistant\n")
+    for override in ("model.template={enable_thinking: false}", "model.template.enable_thinking=false"):
+        told = ChatEncoder(read_tokenizer(tmp_path, load_config(None, [override]).model))
+        prompt, chat = told.encode("Hi?"), told.encode_example("Hi?", "Yes.", max_tokens=99)
+        assert decoded(told, prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+        # The thought that is left out is the prompt's, and nothing to be learnt.
+        assert chat is not None and decoded(told, chat.ids[chat.response_start :]) == "Yes.<|end|>"
+    # Whoever asks with the same tokenizer asks in the same way; an evaluation's identity has the template's digest.
+    assert told.tokenizer.chat_template != as_it_is.tokenizer.chat_template
+
+
+def test_what_no_template_can_be_told_is_refused(tmp_path: Path) -> None:
+    tokenizer_with(SWITCHED).save_pretrained(tmp_path / "one")
+    tokenizer_with(None).save_pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match="'a b' is no name of a template's variable"):
+        read_tokenizer(tmp_path / "one", ModelConfig(template={"a b": 1}))
+    with pytest.raises(UserError, match=r"model\.template is given, and its tokenizer has no chat template"):
+        read_tokenizer(tmp_path / "none", ModelConfig(template={"enable_thinking": False}))
+    with pytest.raises(UserError, match=r"model\.template\.x: expected true or false, or a whole number, or text"):
+        load_config(None, ["model.template={x: [1]}"])
