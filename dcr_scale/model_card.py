@@ -42,6 +42,8 @@ def model_card(config: Config, stage: str, source: Path, facts: Mapping[str, Any
     library = "peft" if stage == "adapter" else "transformers"
     tree = typed_yaml.to_tree(config)
     settings = {name: tree[name] for name in ("data", "refine", "align") if tree[name] is not None}
+    # Asked in another way it is another model than the one that was trained and looked at.
+    settings |= {"model": {"template": config.model.template}} if config.model.template else {}
     sections = [
         f"---\nbase_model: {json.dumps(source.name)}\nlibrary_name: {library}\npipeline_tag: text-generation\n"
         "tags:\n- dcr\n- safety\n- over-refusal\n---",

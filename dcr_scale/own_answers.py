@@ -18,6 +18,7 @@ from dcr_scale import engine as engines
 from dcr_scale.config import Config
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.data.instructions import Instruction
+from dcr_scale.evaluation.completions import spoken
 from dcr_scale.evaluation.harness import evaluate_suites
 from dcr_scale.evaluation.suites import SuitePrompt
 from dcr_scale.models import attention
@@ -95,7 +96,8 @@ def own_answers(
     for answer in found.answers["own"]:
         text = answer.completion.strip() if answer.finished else whole_sentences(answer.completion)
         # A thought would be learnt as an answer; by models that think, answers are better given as a file.
-        if answer.label == "compliance" and text and "<think>" not in text:
+        without = spoken(answer.completion, encoder.opens_thought) == answer.completion
+        if answer.label == "compliance" and text and without:
             rows.append({"prompt": answer.prompt.text, "response": text})
     return rows
 

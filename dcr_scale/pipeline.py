@@ -259,7 +259,7 @@ class Run:
         self.probe: TrainingProbe | None = None
         if config.probe.every:
             general = [instruction.prompt for instruction in self.data.general.heldout]
-            general = general[: max(config.probe.pairs, config.probe.prompts)]
+            general = general[: max(config.probe.pairs, config.probe.prompts, self.world.size)]
             encoded = encoder.encode_prompts(general, "held-out general prompts")
             kept = [ids for ids in encoded if ids is not None]
             self.probe = TrainingProbe(config.probe, encoder, self.contrast.heldout, kept, self.world)

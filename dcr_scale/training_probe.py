@@ -53,12 +53,13 @@ class TrainingProbe:
         general: token ids of held-out general prompts.
 
     Attributes:
-        sequences: the prompts of all pairs in token ids, class after class.
+        sequences: the prompts of all pairs in token ids, class after class; where ranks are more, further held-out ones
+            to give each something to do.
         pairs: the pairs (x', x) of each kind, in token ids.
         asked: the prompts of each class whose refusal probability is measured.
         curves: by stage, the first and the last measurement.
 
-    Raises UserError where there are fewer prompts than ranks.
+    Raises UserError where there are fewer held-out prompts than ranks.
     """
 
     def __init__(
@@ -75,16 +76,18 @@ class TrainingProbe:
         for label in get_args(Label):
             self.asked[label] = [ids for _, ids in telling(contrast, label)[: settings.prompts]]
         self.asked["general"] = list(general[: settings.prompts])
-        self.sequences = list(dict.fromkeys(ids for pairs in self.pairs.values() for pair in pairs for ids in pair))
+        paired = dict.fromkeys(ids for pairs in self.pairs.values() for pair in pairs for ids in pair)
+        others = (tuple(ids) for ids in [*contrast.ids, *general])
+        spare = list(dict.fromkeys(ids for ids in others if ids not in paired))
+        self.sequences = [*paired, *spare[: max(0, world.size - len(paired))]]
         self.described = describe_prompts(self.sequences, contrast)
         self.similarities: dict[str, dict[str, Tensor]] = {}
         self.tree = OpeningTree.of_refusals(encoder)
         self.curves: dict[str, dict[str, dict[str, Any]]] = {}
-        fewest = min(len(self.sequences), sum(len(prompts) for prompts in self.asked.values()))
-        if fewest < world.size:
+        if len(self.sequences) < world.size:
             raise UserError(
-                f"the probe has {fewest} held-out prompts, too few for {world.size} ranks; raise probe.pairs="
-                f"{settings.pairs}, probe.prompts={settings.prompts} or data.heldout, or set probe.every=null"
+                f"the probe has {len(self.sequences)} held-out prompts, too few for {world.size} ranks; raise "
+                "data.heldout or give more prompts, or set probe.every=null"
             )
 
     def stage(self, name: str, steps: int, model: PreTrainedModel, runlog: RunLog) -> StageProbe:
@@ -178,13 +181,15 @@ class StageProbe:
         self.run.take_over({self.name: measured})
 
     def _refusal_probabilities(self) -> dict[str, float]:
-        asked = self.run.asked
+        asked, world = self.run.asked, self.run.world
+        encoded = [ids for prompts in asked.values() for ids in prompts]
         masses = opening_masses(
             self.model,
-            [ids for prompts in asked.values() for ids in prompts],
+            # A rank without a prompt could not take part: it has one that is not counted.
+            encoded + [encoded[0]] * (world.size - len(encoded)),
             self.run.tree,
             token_limit=self.run.settings.micro_batch_tokens,
-            world=self.run.world,
+            world=world,
         )
         values: dict[str, float] = {}
         for label, prompts in asked.items():

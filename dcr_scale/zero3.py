@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import deepspeed
@@ -63,9 +63,11 @@ def offload_of(module: nn.Module) -> Any:
     """What gathers the parameters of a module that an engine has taken over, alone or within a larger one; None where
     none has. The module's hooks alone know it."""
     for hook in module._forward_pre_hooks.values():
-        for cell in inspect.unwrap(hook).__closure__ or ():
-            if isinstance(cell.cell_contents, parameter_offload.DeepSpeedZeRoOffload):
-                return cell.cell_contents
+        # Others' hooks may be no functions, and have no closure.
+        for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+            with suppress(ValueError):  # a cell that is empty
+                if isinstance(cell.cell_contents, parameter_offload.DeepSpeedZeRoOffload):
+                    return cell.cell_contents
     return None
 
 
@@ -75,7 +77,7 @@ def without_leaf_reductions(optimizer: Any) -> Iterator[None]:
     reductions = [(hook.hooks_dict_ref(), hook.id) for hook in getattr(optimizer, "_leaf_module_hooks", ())]
     before = [(hooks, dict(hooks)) for hooks, _ in reductions]
     for hooks, number in reductions:
-        del hooks[number]
+        hooks.pop(number, None)  # a context within another finds it gone
     try:
         yield
     finally:

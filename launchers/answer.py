@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcr_scale.command_line import exit_code, leave
-from dcr_scale.config import Config, load_config
+from dcr_scale.config import load_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,12 +24,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="prompts asked at most (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="maximum tokens of an answer (default: data.answer_tokens)")
     parser.add_argument("--system-prompt", help="system message of every chat (default: the run's)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of a run, over the configuration's")
     return parser.parse_args()
 
 
 def answer() -> None:
     given = parse_arguments()
-    config = load_config(given.config, []) if given.config else Config()
+    config = load_config(given.config, given.settings)
     if given.model is not None:  # the configuration's revision says nothing of another model
         config.model = replace(config.model, path=given.model, revision=None)
     if given.system_prompt is not None:

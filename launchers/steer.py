@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcr_scale.command_line import exit_code, leave
-from dcr_scale.config import Config, load_config
+from dcr_scale.config import load_config
 from dcr_scale.errors import UserError
 
 # Which settings belong to which method, besides the KL limit of both.
@@ -41,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         help="scans: cosine above which a prompt counts as toxic (default: chosen by validation; paper: .75)",
     )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of a run, over the configuration's")
     return parser.parse_args()
 
 
@@ -54,7 +55,7 @@ def fit() -> None:
                 raise UserError(f"--{name} is a setting of {method}, not of {given.method}; leave it out")
             if value is not None:
                 options[name] = value
-    config = load_config(given.config, []) if given.config else Config()
+    config = load_config(given.config, given.settings)
     if given.system_prompt is not None:
         config.data.system_prompt = given.system_prompt
     # Only now: a typing error should not wait for heavy imports.

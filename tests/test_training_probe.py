@@ -117,6 +117,22 @@ def test_an_odd_rank_of_a_single_group_is_refused_before_anything_is_read() -> N
         load_config(None, ["probe.rank=5", "probe.groups=1"])
 
 
+def test_where_ranks_are_many_each_has_a_prompt() -> None:
+    """Further held-out prompts are measured and no pair's; the pairs are those of few ranks."""
+    general = [[20], [21], [22], [23]]
+
+    def chosen(ranks: int) -> TrainingProbe:
+        world = World(rank=0, size=ranks, local_rank=0, local_size=ranks, device=torch.device("cpu"))
+        settings = ProbeConfig(every=1, pairs=2, prompts=2)
+        return TrainingProbe(settings, ChatEncoder(toy_tokenizer()), prompts(True), general, world)
+
+    few, many = chosen(1), chosen(14)
+    assert len(few.sequences) == 6 and len(set(many.sequences)) == 14
+    assert many.sequences[:6] == few.sequences
+    assert (many.pairs, many.asked) == (few.pairs, few.asked)
+    assert len(many.described) == 14
+
+
 def test_fewer_prompts_than_ranks_are_refused() -> None:
     world = World(rank=0, size=16, local_rank=0, local_size=16, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"^the probe has 14 held-out prompts, too few for 16 ranks"):

@@ -86,6 +86,11 @@ class ChatEncoder:
             shared += 1
         return shared
 
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether every prompt ends with a thought's beginning, as DeepSeek-R1's does."""
+        return self.tokenizer.chat_template is not None and self._render("a").rstrip().endswith("<think>")
+
     def encode(self, prompt: str) -> list[int]:
         """A prompt up to the point where the answer's first token is generated."""
         if self.tokenizer.chat_template is None:

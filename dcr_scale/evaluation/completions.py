@@ -23,8 +23,6 @@ from dcr_scale.evaluation.suites import SuitePrompt
 from dcr_scale.world import World
 
 SETTINGS_FILE = "settings.json"
-# As Qwen3, DeepSeek-R1 and their like write it.
-END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,19 @@ class Answer:
         }
 
 
-def judged(prompt: SuitePrompt, completion: str, finished: bool) -> Answer:
-    """A completion with its verdicts, which are of what is said behind the thought, where there is one. An empty one is
+def spoken(completion: str, thinks: bool = False) -> str:
+    """What a completion says behind its thought; nothing where the thought has no end.
+
+    ``thinks``: the prompt ends with a thought's beginning, which the completion then goes on with.
+    """
+    _, end, said = completion.rpartition("</think>")
+    return "" if not end and (thinks or completion.lstrip().startswith("<think>")) else said
+
+
+def judged(prompt: SuitePrompt, completion: str, finished: bool, thinks: bool = False) -> Answer:
+    """A completion with its verdicts, which are of what it says (:func:`spoken`). One that says nothing is
     degenerate."""
-    said = completion.rpartition(END_OF_THOUGHT)[2]
+    said = spoken(completion, thinks)
     [verdict] = judge.classify([prompt.text], [said])
     return Answer(prompt, completion, finished, verdict.label, verdict.refusal_probability, refuses(said))
 

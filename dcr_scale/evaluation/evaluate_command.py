@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # Of an instruction with its answer; a longer answer is cut there.
 _ANSWER_TOKENS = 512
+# What decides answers beside the weights: sizes, tokens that end an answer, and what tokens stand for.
+_READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -84,6 +86,11 @@ class Evaluation:
         with world.agreed():
             training = trained_on(config.run, self.source)
             self.general = held_out(config, training)
+        if training.run is not None and training.run.model.template != config.model.template:
+            log.warning(
+                "the model was trained with model.template=%s, and is asked with %s",
+                training.run.model.template, config.model.template,
+            )  # fmt: skip
         asked = {**self.suites, "perplexity": self.general}
         self.overlaps = (
             [overlap(name, prompts, training.prompts) for name, prompts in asked.items()]
@@ -197,11 +204,11 @@ class Evaluation:
 
     def _identity(self) -> dict[str, Any]:
         """What a completion depends on, but for rounding: completions of two evaluations mix only where it agrees."""
-        config = self.config
+        config, read = self.config, (self.source / name for name in _READ)
         return {
             # By what is in the folder, not by its path: a model that was moved is the same.
             "weights": weights_digest(self.checkpoint),
-            "model_config": digest((self.source / "config.json").read_bytes()),
+            "configuration": digest(b"".join(path.read_bytes() for path in read if path.exists())),
             "engine": config.engine,
             "precision": str(self.dtype).removeprefix("torch."),
             "max_new_tokens": config.max_new_tokens,

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dcr_scale.data.chat import ChatEncoder
 from dcr_scale.errors import UserError
 from dcr_scale.evaluation import rates
-from dcr_scale.evaluation.completions import Answer, CompletionStore, judged
+from dcr_scale.evaluation.completions import Answer, CompletionStore, judged, spoken
 from dcr_scale.evaluation.generation import Completion, completions
 from dcr_scale.evaluation.intervals import Interval
 from dcr_scale.evaluation.rates import Rates
@@ -138,11 +138,11 @@ def ask(
     if kept:
         log.info("%d of %d prompts were answered before", len(prompts) - len(asked), len(prompts))
     encoded = [_encoded(prompt, encoder, room) for prompt in asked]
-    began = time.perf_counter()
+    began, thinks = time.perf_counter(), encoder.opens_thought
     own: dict[str, Answer] = {}
     tokens, progress = 0, _Progress(len(asked), world)
     for batch in answer(encoded):
-        answers = [judged(asked[done.index], done.text, done.finished) for done in batch]
+        answers = [judged(asked[done.index], done.text, done.finished, thinks) for done in batch]
         own.update({answer.prompt.id: answer for answer in answers})
         tokens += sum(done.tokens for done in batch)
         progress.report(len(own), tokens)
@@ -151,11 +151,17 @@ def ask(
     if store is not None:
         store.check()
     found = {name: answer for share in world.gather(own) for name, answer in share.items()}
-    found.update({name: judged(prompts[name], *completion) for name, completion in kept.items()})
+    found.update({name: judged(prompts[name], *completion, thinks) for name, completion in kept.items()})
     (all_tokens,) = world.sum(tokens)
     answers_of = {name: [found[prompt.id] for prompt in some] for name, some in suites.items()}
     if store is not None:
         store.finish(answers_of)
+    silent = sum(bool(a.completion.strip()) and not spoken(a.completion, thinks).strip() for a in found.values())
+    if silent:
+        log.warning(
+            "%d of %d answers end within a thought, or behind it, and count as degenerate: allow more tokens, or have "
+            "the model not think (model.template)", silent, len(found),
+        )  # fmt: skip
     return EvaluationResult(answers_of, len(asked), int(all_tokens), time.perf_counter() - began)
 
 

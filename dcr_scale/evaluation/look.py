@@ -111,7 +111,7 @@ class Looker:
         world: World,
     ):
         self.config, self.tokenizer, self.world = config, tokenizer, world
-        self.contrast, self.prefix = contrast, encoder.prefix
+        self.contrast, self.prefix, self.thinks = contrast, encoder.prefix, encoder.opens_thought
         general = general[: config.look.prompts]
         self.asked = self._questions(encoder, general)
         self.examples = self._examples(encoder, general)
@@ -219,7 +219,8 @@ class Looker:
             world=self.world,
         )
         answers = [
-            judged(asked.prompt, done.text, done.finished) for asked, done in zip(self.asked, completions, strict=True)
+            judged(asked.prompt, done.text, done.finished, self.thinks)
+            for asked, done in zip(self.asked, completions, strict=True)
         ]
         path = self.config.run.folder / "look" / f"{name}.jsonl"
         with self.world.agreed(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ def find_source(model: ModelConfig, world: World) -> Path:
     return folder
 
 
+# What a chat is, which nobody may tell otherwise.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")
+
+
 def read_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, its chat template told what ``model.template`` says.
 
@@ -62,19 +67,19 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
     if model.template:
-        if not isinstance(tokenizer.chat_template, str):
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
             raise UserError(f"{folder}: model.template is given, and its tokenizer has no chat template, or several")
+        unknown = [
+            name for name in model.template
+            if name in _GIVEN or not name.isidentifier() or not re.search(rf"\b{name}\b", template)
+        ]  # fmt: skip
+        if unknown:
+            raise UserError(f"model.template: the chat template of {folder} reads no variable {', '.join(unknown)}")
         # In the template itself, so that whoever renders a chat with this tokenizer renders the same.
-        tokenizer.chat_template = "".join(map(_assignment, model.template.items())) + tokenizer.chat_template
+        told = (f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} %}}" for k, v in model.template.items())
+        tokenizer.chat_template = "".join(told) + template
     return tokenizer
-
-
-def _assignment(told: tuple[str, bool | int | str]) -> str:
-    """A variable's assignment in Jinja. Raises UserError for a name that is none."""
-    name, value = told
-    if not name.isidentifier():
-        raise UserError(f"model.template: {name!r} is no name of a template's variable")
-    return f"{{%- set {name} = {json.dumps(value)} %}}"
 
 
 def open_source(folder: Path, config: PretrainedConfig, model: ModelConfig) -> StoredModel:

@@ -82,8 +82,11 @@ def plan_memory(
         host += gradients
         host, nvme = (host + gradients, nvme) if settings.offload_optimizer == "cpu" else (host, nvme + gradients)
     device_parameters = (partitions + whole) * element_bytes
+    probe = sum(math.ceil(numel / world_size) for numel in probed) * element_bytes
     if settings.offload_parameters == "cpu":
         device_parameters, host = whole * element_bytes, host + partitions * element_bytes
+        if world_size > 1:  # a single rank's is no partition
+            probe, host = 0, host + probe
     largest = max((p.numel for p in modules.parameters if p.trained), default=0)
     # A gradient that no bucket holds waits for the next one to be there, beside which it is counted as working memory.
     outsized = largest if largest > settings.reduce_bucket else 0
@@ -107,7 +110,7 @@ def plan_memory(
         gathered=gathered,
         activations=kept_bytes,
         workspace=max(passes - kept_bytes + outsized * element_bytes, update - gathered - kept_bytes),
-        probe=sum(math.ceil(numel / world_size) for numel in probed) * element_bytes,
+        probe=probe,
         host=host,
         nvme=nvme,
     )

@@ -7,6 +7,7 @@ Everything is kept in float64.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -138,7 +139,11 @@ def _why_too_large(capture: Capture, head: Head, tokens: int) -> str | None:
         if unit.kind in ("linear", "experts")
     )
     needed = torch.float64.itemsize * head.width * tokens * rows
-    free = torch.cuda.mem_get_info(head.device)[0] if head.device.type == "cuda" else psutil.virtual_memory().available
+    if head.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(head.device) - torch.cuda.memory_allocated(head.device)
+        free = torch.cuda.mem_get_info(head.device)[0] + unused
+    else:  # every rank of the machine keeps them all
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if needed <= free:
         return None
     return (

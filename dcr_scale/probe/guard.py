@@ -92,7 +92,8 @@ def unnoticed(engine: Any, model: PreTrainedModel) -> Iterator[None]:
 
     A trace of other passes, by which parameters are gathered ahead, would keep the head and the embedding for a
     backward pass that ends before it reaches them. And blocks of experts would reduce their gradients, zero where there
-    is none. ``engine`` may be the model itself: whatever else runs it is found.
+    is none. ``engine`` may be the model itself, where nothing trains it: what gathers its parameters is found, what
+    reduces gradients is the engine's.
     """
     if not hasattr(next(model.parameters()), "ds_id"):
         yield

@@ -117,7 +117,7 @@ class KernelProbe:
     torch.distributed is initialised, every rank must make the same calls and gets the same results.
 
     Args:
-        model: the model, or a DeepSpeed engine that holds it.
+        model: the model, or the DeepSpeed engine that holds it; where it trains, the engine.
         tokenizer: encodes prompts given as text, through its chat template; None where prompts come as token ids.
         rank: p, rows of each of the two projections of a gradient. Even where ``groups`` is 1.
         groups: independent sketches. One is enough for an unbiased result; more have less variance.

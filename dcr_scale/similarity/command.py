@@ -213,7 +213,7 @@ def _write(
 
 def _tensors(similarity: KernelSimilarity, classes: Classes) -> bytes:
     """All pairs' numbers; ``prompts`` in the metadata says in JSON which prompt each row and column is."""
-    names = ("squared", "stderr", "normalized", "by_layer", "self_squared", "deviations", "self_deviations")
+    names = ("squared", "known", "stderr", "normalized", "by_layer", "self_squared", "deviations", "self_deviations")
     labels = ["a"] * classes.sizes[0] + ["b"] * classes.sizes[1]
     prompts = [
         {"class": label, "pair": prompt.pair, "prompt": prompt.text, "where": prompt.where}

@@ -215,6 +215,9 @@ def test_a_template_is_told_what_the_configuration_says(tmp_path: Path) -> None:
         assert decoded(told, prompt).endswith("assistant\n<think>\n\n</think>\n\n")
         # The thought that is left out is the prompt's, and nothing to be learnt.
         assert chat is not None and decoded(told, chat.ids[chat.response_start :]) == "Yes.<|end|>"
+        assert not told.opens_thought and not as_it_is.opens_thought
+    opening = TURNS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert ChatEncoder(tokenizer_with(opening)).opens_thought
     # Whoever asks with the same tokenizer asks in the same way; an evaluation's identity has the template's digest.
     assert told.tokenizer.chat_template != as_it_is.tokenizer.chat_template
 
@@ -222,8 +225,9 @@ def test_a_template_is_told_what_the_configuration_says(tmp_path: Path) -> None:
 def test_what_no_template_can_be_told_is_refused(tmp_path: Path) -> None:
     tokenizer_with(SWITCHED).save_pretrained(tmp_path / "one")
     tokenizer_with(None).save_pretrained(tmp_path / "none")
-    with pytest.raises(UserError, match="'a b' is no name of a template's variable"):
-        read_tokenizer(tmp_path / "one", ModelConfig(template={"a b": 1}))
+    for name in ("enable_thinkng", "messages", "a b"):
+        with pytest.raises(UserError, match=f"reads no variable {name}$"):
+            read_tokenizer(tmp_path / "one", ModelConfig(template={name: True}))
     with pytest.raises(UserError, match=r"model\.template is given, and its tokenizer has no chat template"):
         read_tokenizer(tmp_path / "none", ModelConfig(template={"enable_thinking": False}))
     with pytest.raises(UserError, match=r"model\.template\.x: expected true or false, or a whole number, or text"):

@@ -107,7 +107,7 @@ def test_a_model_that_was_moved_is_the_same(
     path = moved / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
     assert launched("--model", moved, *files, "--out", out) == 2
-    assert "another evaluation (model_config was" in capfd.readouterr().err
+    assert "another evaluation (configuration was" in capfd.readouterr().err
 
 
 def test_what_a_run_trained_on_is_no_held_out_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -277,6 +277,11 @@ def test_a_thought_is_not_what_is_said() -> None:
     assert spoken.label == plain.label == "compliance"
     assert spoken.refusal_probability == plain.refusal_probability and not spoken.opening_refuses
     assert silent.label == "degenerate"
+    unfinished, open_still = (f"<think>\n{ANSWER}", False), (ANSWER, True)
+    for text, thinks in (unfinished, open_still):
+        assert judged(spoken.prompt, text, False, thinks).label == "degenerate"
+    assert judged(spoken.prompt, f"Hm.</think>{ANSWER}", True, True).label == "compliance"
+    assert judged(spoken.prompt, f"Write <think> as a tag. {ANSWER}", True).label == "compliance"
     # It is kept as it came.
     assert spoken.completion == thought + ANSWER
 

@@ -173,7 +173,7 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
     for overrides, left in (
         (["engine.offload_optimizer=cpu"], base.optimizer + base.gradients),
         (["engine.offload_optimizer=nvme", "engine.offload_folder=/nvme"], base.optimizer + base.gradients),
-        (["engine.offload_parameters=cpu"], base.parameters),
+        (["engine.offload_parameters=cpu"], base.parameters + base.probe),
     ):
         config = load_config(REPOSITORY / "configs" / "smollm2.yaml", [*overrides, "align=null"])
         (stage,) = Planner(config, planner("smollm2").model, planner("smollm2").lengths).plan(
@@ -181,6 +181,8 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
         )
         assert stage.memory.total < base.total - 0.9 * left + base.workspace
         assert stage.memory.host + stage.memory.nvme >= 0.9 * left
+        # The model that the probe keeps lies where parameters do.
+        assert (stage.memory.probe == 0) == (overrides == ["engine.offload_parameters=cpu"])
 
 
 def test_a_batch_in_two_passes_keeps_one_pack_and_gathers_more() -> None:

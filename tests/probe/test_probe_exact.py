@@ -139,6 +139,29 @@ def test_a_parameter_without_a_rule_is_named():
     torch.testing.assert_close(result.squared, squared, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_known_without_a_draw_is_the_head_s_part(tied: bool):
+    """(h'·h)² V, and an interval never leaves it out where what is estimated is above zero."""
+    model = toy_model("llama", tied=tied)
+    found = KernelProbe(model).measure(PROMPTS_A, PROMPTS_B)
+    with torch.no_grad():
+        left, right = (
+            torch.stack([model.get_decoder()(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts]).double()
+            for prompts in (PROMPTS_A, PROMPTS_B)
+        )
+    torch.testing.assert_close(found.known, (left @ right.T) ** 2 * VOCABULARY, rtol=1e-4, atol=1e-8)
+    low, high = found.interval(0.95)
+    above = found.squared > found.known
+    assert above.any()
+    assert (high[above] > found.squared[above]).all() and (low[above] < found.squared[above]).all()
+    # The logarithm is that of what is estimated: where its jackknife holds, the interval begins above what is known.
+    logarithmic = above & (low > found.known)
+    assert logarithmic.any()
+    ratio = (high - found.known) / (found.squared - found.known)
+    mirrored = (found.squared - found.known) / (low - found.known)
+    torch.testing.assert_close(ratio[logarithmic], mirrored[logarithmic])
+
+
 def test_an_exact_kernel_that_does_not_fit_is_refused_before_its_passes(monkeypatch: pytest.MonkeyPatch):
     model = toy_model("llama", tied=False)
     free = SimpleNamespace(available=1000)

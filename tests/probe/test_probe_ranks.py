@@ -20,7 +20,7 @@ SETTINGS = {"rank": 4, "groups": 4, "output_probes": 3}
 def assert_same(result: KernelSimilarity, expected: KernelSimilarity, selves_b: Tensor) -> None:
     """Equal to 1e-5 of √(K_ii K_jj), the size of the terms that cancel in an estimate."""
     scale = (expected.self_squared.abs()[:, None] * selves_b.abs()[None, :]).sqrt()
-    for name in ("squared", "stderr", "by_layer"):
+    for name in ("squared", "known", "stderr", "by_layer"):
         error = (getattr(result, name) - getattr(expected, name)).abs() / scale
         assert error.max() < 1e-5, (name, error.max().item())
     torch.testing.assert_close(result.self_squared, expected.self_squared, rtol=1e-5, atol=0)
