@@ -125,7 +125,7 @@ def exact_kernel(
         ]
         squared = torch.stack([torch.stack([square for square, _ in row]) for row in found])
         by_layer = torch.stack([torch.stack([layers for _, layers in row], dim=-1) for row in found], dim=1)
-        return Estimate(squared, squared, squared.new_zeros(0, *squared.shape), by_layer)
+        return Estimate(squared, squared.clone(), squared.new_zeros(0, *squared.shape), by_layer)
 
     return pairs
 
