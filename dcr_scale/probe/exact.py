@@ -144,11 +144,12 @@ def _why_too_large(capture: Capture, head: Head, tokens: int) -> str | None:
         free = torch.cuda.mem_get_info(head.device)[0] + unused
     else:  # every rank of the machine keeps them all
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if needed <= free:
+    # Passes and comparisons take as much again, and more.
+    if 2 * needed <= free:
         return None
     return (
-        f"the exact kernel keeps {needed / 2**30:.3g} GiB for prompts of {tokens} tokens in all, and "
-        f"{free / 2**30:.3g} GiB are free: give fewer or shorter prompts, or leave exact out"
+        f"the exact kernel keeps {needed / 2**30:.3g} GiB for prompts of {tokens} tokens in all, and works on them in "
+        f"as much again, and {free / 2**30:.3g} GiB are free: give fewer or shorter prompts, or leave exact out"
     )
 
 
