@@ -27,11 +27,10 @@ TEXTS = ("Kill time.", "Say hello.", "Why not?")
 PROBES = (2, 3, 4, 8)
 
 
-def prompts_of(name: str) -> list[list[int]]:
-    """The texts' tokens; for a model without a tokenizer of its own, as many that stand for them."""
+def prompts_for(model: PreTrainedModel) -> list[list[int]]:
+    """The texts' tokens by SmolLM2's tokenizer; in a smaller vocabulary, as many others that stand for them."""
     ids = AutoTokenizer.from_pretrained(smollm2.embedded_folder())(list(TEXTS)).input_ids
-    vocabulary = CASES[name].build().config.vocab_size if name == "toy" else None
-    return ids if vocabulary is None else [[token % vocabulary for token in row] for row in ids]
+    return [[token % model.config.vocab_size for token in row] for row in ids]
 
 
 def coverage(model: PreTrainedModel, prompts: list[list[int]], exact: torch.Tensor, probes: int, seeds: int) -> dict:
@@ -61,7 +60,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"device": device_name(torch.device("cpu")), **versions(), "seeds": given.seeds}
     for name in given.models:
-        prompts, model = prompts_of(name), CASES[name].build().eval()
+        model = CASES[name].build().eval()
+        prompts = prompts_for(model)
         measured = KernelProbe(model).measure(prompts, exact=True)
         known = KernelProbe(model, output_probes=2).measure(prompts).known / measured.squared
         found[name] = {"prompt_tokens": [len(row) for row in prompts], "median_known_share": float(known.median())}

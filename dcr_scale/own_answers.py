@@ -96,8 +96,8 @@ def own_answers(
     for answer in found.answers["own"]:
         text = answer.completion.strip() if answer.finished else whole_sentences(answer.completion)
         # A thought would be learnt as an answer; by models that think, answers are better given as a file.
-        without = spoken(answer.completion, encoder.opens_thought) == answer.completion
-        if answer.label == "compliance" and text and without:
+        thought = spoken(answer.completion, encoder.opens_thought) != answer.completion
+        if answer.label == "compliance" and text and not thought:
             rows.append({"prompt": answer.prompt.text, "response": text})
     return rows
 

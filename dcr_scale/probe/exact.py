@@ -7,7 +7,6 @@ Everything is kept in float64.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from dcr_scale.probe.capture import Capture, Sink
 from dcr_scale.probe.estimator import Estimate
 from dcr_scale.probe.head import Head, gathered
 from dcr_scale.probe.layout import Routing, TokenLayout
+from dcr_scale.probe.reduction import world_size
 from dcr_scale.probe.units import Unit, shape_of
 
 # Rows of the head taken at once, so that no V × V matrix is ever held.
@@ -142,8 +142,8 @@ def _why_too_large(capture: Capture, head: Head, tokens: int) -> str | None:
     if head.device.type == "cuda":
         unused = torch.cuda.memory_reserved(head.device) - torch.cuda.memory_allocated(head.device)
         free = torch.cuda.mem_get_info(head.device)[0] + unused
-    else:  # every rank of the machine keeps them all
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    else:  # every rank keeps them all, and on CPUs they share one machine more often than not
+        free = psutil.virtual_memory().available // world_size()
     # Passes and comparisons take as much again, and more.
     if 2 * needed <= free:
         return None
