@@ -1,8 +1,8 @@
 """Four processes that tests borrow as ranks, started once per test session.
 
-Starting a rank costs seconds (an interpreter and an import of torch), a job on a waiting rank costs
-milliseconds. So the ranks are spawned on first use, keep their process group while the world size stays the
-same, and are replaced only when a job hangs or one of them has died.
+A rank wants libraries that take ten seconds to import, a job on a waiting rank takes milliseconds. So the ranks are
+forked on first use from a server that has the libraries, keep their process group while the world size stays the same,
+and are replaced only when a job hangs or one of them has died.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 MAX_RANKS = 4
 # Once a rank has failed, its peers may be waiting for it in a collective: this long, then they are replaced.
 GRACE_SECONDS = 5.0
+# Imported once for all ranks. None of it starts a thread, which a fork would lose; the project's own modules are not
+# among them, for they read the environment that a test sets.
+PRELOADED = ["torch", "deepspeed", "transformers.modeling_utils", "peft", "scipy.stats"]
 
 
 class RankFailure(AssertionError):
@@ -162,7 +167,11 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        # DeepSpeed reads it when it is imported.
+        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+            forkserver.ensure_running()
         for rank in range(MAX_RANKS):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there), daemon=True, name=f"rank-{rank}")

@@ -341,9 +341,11 @@ def test_ranks_and_partitions_find_the_same(
 
 
 @pytest.mark.slow
-def test_the_documented_command_runs_under_deepspeed(tmp_path: Path, files: list[str]) -> None:
-    """On the real model; deepspeed reads a launcher's flags before the launcher does."""
-    finished = launch_script("evaluate.py", *files, "--limit", "1", "--out", str(tmp_path / "out"))
+def test_the_documented_command_runs_under_deepspeed(tmp_path: Path, model: Path, files: list[str]) -> None:
+    """deepspeed reads a launcher's flags before the launcher does."""
+    finished = launch_script(
+        "evaluate.py", "--model", str(model), *files, "--limit", "1", "--out", str(tmp_path / "out")
+    )
     assert finished.returncode == 0, finished.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["world_size"] == 2

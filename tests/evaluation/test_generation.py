@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,10 @@ def chats(tokenizer: PreTrainedTokenizerBase, count: int = 18) -> list[list[int]
     return [encoder.encode(row["prompt"] * (1 + i % 3)) for i, row in enumerate(contrast_rows())][:count]
 
 
-def by_transformers(model: PreTrainedModel, ids: list[int], new: int, ends: list[int]) -> list[int]:
-    """The new tokens of one prompt alone, its end token included."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=ends, pad_token_id=0)
+@cache
+def by_transformers(model: PreTrainedModel, ids: tuple[int, ...], ends: tuple[int, ...]) -> list[int]:
+    """At most NEW new tokens of one prompt alone, its end token included."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=[*ends], pad_token_id=0)
     prompt = torch.tensor([ids])
     output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
     return output[0, len(ids) :].tolist()
@@ -54,7 +56,7 @@ def by_transformers(model: PreTrainedModel, ids: list[int], new: int, ends: list
 def common_tokens(model: PreTrainedModel, encoded: list[list[int]]) -> list[int]:
     """End tokens by which some answers stop early, at different places, and others never."""
     # No token has the last id.
-    answers = [by_transformers(model, ids, NEW, [VOCABULARY]) for ids in encoded]
+    answers = [by_transformers(model, tuple(ids), (VOCABULARY,)) for ids in encoded]
     counts = {token: sum(token in answer for answer in answers) for answer in answers for token in answer}
     token = min(counts, key=lambda token: abs(counts[token] - len(answers) / 2))
     assert 0 < counts[token] < len(answers), "the toy model's answers are all alike"
@@ -65,10 +67,10 @@ def check_equal(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: list[Completion], encoded: list[list[int]]
 ) -> None:
     ends = model.generation_config.eos_token_id
-    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    ends = (*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id)
     assert sorted(done.index for done in found) == list(range(len(encoded)))
     for done in found:
-        expected = by_transformers(model, encoded[done.index], NEW, ends)
+        expected = by_transformers(model, tuple(encoded[done.index]), ends)
         ended = expected[-1] in ends
         expected = expected[:-1] if ended else expected
         assert done.text == tokenizer.decode(expected, skip_special_tokens=True)
