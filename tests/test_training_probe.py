@@ -37,7 +37,7 @@ def probed_settings(folder: Path, **alignment: object) -> dict:
     settings = toy_settings(folder, source)
     settings["look"]["enabled"] = False
     settings["refine"].update(steps=3)
-    settings["align"].update(examples=12, **alignment)
+    settings["align"].update(examples=8, micro_batch_tokens=160, **alignment)
     settings["probe"] = {"pairs": 3, "prompts": 3, "rank": 8, "groups": 3, "output_probes": 4}
     return settings
 
@@ -88,17 +88,15 @@ def test_alone_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, alon
         assert bytes_of(plain / stage) == bytes_of(probed / stage)
     assert training_rows(plain) == training_rows(probed)
     assert not any(row["stage"].endswith("/probe") for row in read_metrics(plain))
-    check_curves(probed, {"refine": [0, 2, 3], "align": [0, 2, 3]})
+    check_curves(probed, {"refine": [0, 2, 3], "align": [0, 2]})
     check_joint(probed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_on_two_ranks_a_run_with_the_probe_trains_the_same_weights(
-    tmp_path: Path, ranks: RankPool, method: str
-) -> None:
-    """Under ZeRO-3, activations recomputed; parameters small enough are kept whole, the others are gathered."""
-    settings = probed_settings(tmp_path, method=method, lora={"dropout": 0.2})
+def test_on_two_ranks_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, ranks: RankPool) -> None:
+    """Under ZeRO-3, activations recomputed; parameters small enough are kept whole, the others are gathered. The first
+    stage trains all weights, the second adapters."""
+    settings = probed_settings(tmp_path, method="lora", lora={"dropout": 0.2})
     settings["model"]["gradient_checkpointing"] = True
     settings["engine"]["persistence_threshold"] = 100
     config = str(write_config(tmp_path, settings))
@@ -108,7 +106,7 @@ def test_on_two_ranks_a_run_with_the_probe_trains_the_same_weights(
     for stage in ("refined", "aligned"):
         assert bytes_of(plain / stage) == bytes_of(probed / stage)
     assert training_rows(plain) == training_rows(probed)
-    check_curves(probed, {"refine": [0, 2, 3], "align": [0, 2, 3]})
+    check_curves(probed, {"refine": [0, 2, 3], "align": [0, 2]})
     check_joint(probed)
 
 

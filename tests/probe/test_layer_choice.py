@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rank_pool import RankPool
+from test_world_size import run_on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
-from toy import contrast_rows, launch, toy_checkpoint, toy_settings, write_config, write_jsonl
+from toy import contrast_rows, toy_checkpoint, toy_settings, write_config, write_jsonl
 from toy_models import LAYERS, toy_model
 
 from dcr_scale import pipeline
@@ -125,11 +127,13 @@ def settings(tmp_path: Path) -> dict:
     return settings
 
 
-def test_a_run_goes_on_with_the_number(tmp_path: Path, settings: dict, alone: None):
+def test_a_run_goes_on_with_the_number(tmp_path: Path, settings: dict, alone: None, capfd: pytest.CaptureFixture[str]):
     config = load_config(write_config(tmp_path, settings), [])
     shown = show_layer(load_config(write_config(tmp_path, settings), []))
     assert not (tmp_path / "run").exists()
     pipeline.run(config)
+    console = capfd.readouterr().err
+    assert shown.table() in console and shown.reason in console
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     chosen = summary["layer_choice"]["layer"]
     assert chosen == shown.layer and 1 <= chosen < LAYERS
@@ -142,13 +146,14 @@ def test_a_run_goes_on_with_the_number(tmp_path: Path, settings: dict, alone: No
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_the_model_choose_as_one_does(tmp_path: Path, settings: dict, alone: None):
-    path = write_config(tmp_path, settings)
-    done = launch(path, "look.partitioned=yes", "look.prompts=2", "refine.steps=1")
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_that_share_the_model_choose_as_one_does(
+    tmp_path: Path, settings: dict, ranks: RankPool, alone: None
+):
+    path, run = str(write_config(tmp_path, settings)), tmp_path / "shared"
+    overrides = ["look.partitioned=yes", "look.prompts=2", "refine.steps=1"]
+    ranks.run(run_on_ranks, path, str(run), *overrides, world_size=2, timeout=300.0)
     expected = show_layer(load_config(path, []))
-    assert expected.table() in done.stderr and expected.reason in done.stderr
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())["layer_choice"]
+    found = json.loads((run / "summary.json").read_text())["layer_choice"]
     assert found["layer"] == expected.layer
     for row, depth in zip(found["depths"], expected.depths, strict=True):
         assert (row["apart"], row["kernel"]) == pytest.approx((depth.apart, depth.kernel), abs=1e-4)

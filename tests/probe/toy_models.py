@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -71,13 +72,13 @@ def jacobian(model: nn.Module, ids: list[int], counted: list[str]) -> dict[str, 
     """∂z/∂θ of the first generated token's logits z: float64 [V, numel] for each counted parameter."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in counted}
     logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-    rows = [
-        torch.autograd.grad(logit, list(parameters.values()), retain_graph=True, materialize_grads=True)
-        for logit in logits
-    ]
-    return {
-        name: torch.stack([row[i].flatten().double() for row in rows]) for i, name in enumerate(parameters)
-    }  # fmt: skip
+    rows = torch.eye(len(logits), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        gradients = torch.autograd.grad(
+            logits, list(parameters.values()), rows, is_grads_batched=True, materialize_grads=True
+        )
+    return {name: gradient.flatten(1).double() for name, gradient in zip(parameters, gradients, strict=True)}
 
 
 def reference(
