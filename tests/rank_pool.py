@@ -31,7 +31,14 @@ MAX_RANKS = 4
 GRACE_SECONDS = 5.0
 # Imported once for all ranks. None of it starts a thread, which a fork would lose; the project's own modules are not
 # among them, for they read the environment that a test sets.
-PRELOADED = ["torch", "deepspeed", "transformers.modeling_utils", "peft", "scipy.stats"]
+PRELOADED = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which its engines import, and which has half of torch.compile
+    "transformers.modeling_utils",
+    "peft",
+    "scipy.stats",
+]
 
 
 class RankFailure(AssertionError):

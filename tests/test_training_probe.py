@@ -28,16 +28,17 @@ CURVES = [f"refusal_probability/{label}" for label in CLASSES]
 CURVES += [f"{name}/{kind}" for kind in KINDS for name in ("kernel", "kernel_norm")]
 
 
-def probed_settings(folder: Path, **alignment: object) -> dict:
-    """Both stages in a few steps, every draw of randomness that training can have switched on: dropout in attention
-    and, with LoRA, in the adapters."""
+def probed_settings(folder: Path) -> dict:
+    """Both stages in a few steps, all weights trained in the first and adapters in the second; every draw of randomness
+    that training can have is switched on: dropout in attention and in the adapters."""
     source = toy_checkpoint(folder / "model", "llama")
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (source / "config.json").write_text(json.dumps({**described, "attention_dropout": 0.1}), encoding="utf-8")
     settings = toy_settings(folder, source)
     settings["look"]["enabled"] = False
     settings["refine"].update(steps=3)
-    settings["align"].update(examples=8, micro_batch_tokens=160, **alignment)
+    lora = {"dropout": 0.2, "targets": ["q_proj", "down_proj"]}
+    settings["align"].update(method="lora", lora=lora, examples=8, micro_batch_tokens=160)
     settings["probe"] = {"pairs": 3, "prompts": 3, "rank": 8, "groups": 3, "output_probes": 4}
     return settings
 
@@ -77,10 +78,8 @@ def check_joint(run: Path) -> None:
     assert {key: began[key] for key in CURVES} == pytest.approx({key: ended[key] for key in CURVES}, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-def test_alone_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, alone: None, method: str) -> None:
-    lora = {"dropout": 0.2}
-    config = write_config(tmp_path, probed_settings(tmp_path, method=method, lora=lora))
+def test_alone_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, alone: None) -> None:
+    config = write_config(tmp_path, probed_settings(tmp_path))
     for name, override in (("plain", "probe.every=0"), ("probed", "probe.every=2")):
         pipeline.run(load_config(config, [f"run.dir={tmp_path / name}", override]))
     plain, probed = tmp_path / "plain", tmp_path / "probed"
@@ -94,9 +93,8 @@ def test_alone_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, alon
 
 @pytest.mark.slow
 def test_on_two_ranks_a_run_with_the_probe_trains_the_same_weights(tmp_path: Path, ranks: RankPool) -> None:
-    """Under ZeRO-3, activations recomputed; parameters small enough are kept whole, the others are gathered. The first
-    stage trains all weights, the second adapters."""
-    settings = probed_settings(tmp_path, method="lora", lora={"dropout": 0.2})
+    """Under ZeRO-3, activations recomputed; parameters small enough are kept whole, the others are gathered."""
+    settings = probed_settings(tmp_path)
     settings["model"]["gradient_checkpointing"] = True
     settings["engine"]["persistence_threshold"] = 100
     config = str(write_config(tmp_path, settings))

@@ -34,26 +34,15 @@ def derive_key(*parts: object) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, ...]:
     """Four 32-bit words for every counter.
 
-    ``counter``: four int64 tensors of values below 2³² that broadcast together, and with the words of the key where
-    those are tensors too. Returns four int64 tensors of values below 2³².
+    ``counter``: four int64 tensors or numpy arrays of values below 2³² that broadcast together, and with the two words
+    of the key where those are tensors or arrays too. Returns four of their kind, int64 of values below 2³².
     """
-    if any(word.device.type != "cpu" for word in counter):
-        return _rounds(counter, key)
-    # Draws are many and small, and numpy's operators start three times as fast. They wrap as torch's do.
-    arrays = [word.numpy() if isinstance(word, Tensor) else word for word in (*counter, *key)]
-    with np.errstate(over="ignore"):
-        return tuple(map(torch.as_tensor, _rounds(arrays[:4], arrays[4:])))
-
-
-def _rounds(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, ...]:
-    """On tensors or arrays; every word comes to depend on all others, so that shapes end as they broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    # Every word comes to depend on all others, so that shapes end as they broadcast.
     for _ in range(_ROUNDS):
         # The product wraps to the signed 64 bits; shifted and masked, both halves are those of the unsigned one.
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -72,6 +61,12 @@ def signs(keys: Sequence[tuple[int, int]], columns: Tensor, rows: int) -> Tensor
 
     Entry (j, k, i) belongs to key k, column ``columns[j]`` (int64, below 2⁶²) and row i, whatever is drawn beside it.
     """
+    if columns.device.type == "cpu":
+        return torch.from_numpy(_signs_by_numpy(keys, columns.numpy(), rows))
+    return _signs_by_torch(keys, columns, rows)
+
+
+def _signs_by_torch(keys: Sequence[tuple[int, int]], columns: Tensor, rows: int) -> Tensor:
     zero = columns.new_zeros(())
     low, high = (columns & _MASK)[:, None, None], (columns >> 32)[:, None, None]
     call = torch.arange(math.ceil(rows / _ROWS_A_CALL), device=columns.device)
@@ -80,6 +75,15 @@ def signs(keys: Sequence[tuple[int, int]], columns: Tensor, rows: int) -> Tensor
     needed = words_JKCW.flatten(2)[..., : math.ceil(rows / 32)]
     bits = (needed[..., None] >> torch.arange(32, device=columns.device)) & 1
     return (2 * bits.flatten(2)[..., :rows] - 1).to(torch.int8)
+
+
+def _signs_by_numpy(keys: Sequence[tuple[int, int]], columns: np.ndarray, rows: int) -> np.ndarray:
+    """The same on the CPU, where draws are many and small, and numpy's operators start four times as fast."""
+    low, high = (columns & _MASK)[:, None, None], (columns >> 32)[:, None, None]
+    call, key_K2 = np.arange(math.ceil(rows / _ROWS_A_CALL)), np.array(keys)
+    words = philox((low, high, call, np.zeros_like(call)), (key_K2[:, :1], key_K2[:, 1:]))
+    bytes_JKB = np.stack(words, axis=-1).astype("<u4").reshape(len(columns), len(keys), -1).view(np.uint8)
+    return 2 * np.unpackbits(bytes_JKB, axis=-1, count=rows, bitorder="little").view(np.int8) - 1
 
 
 def normals(key: tuple[int, int], count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from dcr_scale.probe import philox as philox_module
 from dcr_scale.probe.philox import derive_key, normals, philox, signs
 
 # From the generator's authors: counter, key, output.
@@ -19,10 +21,19 @@ KNOWN = [
 ]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(counter, key, expected):
-    words = philox(tuple(torch.tensor([word]) for word in counter), key)
+def test_known_answers(counter, key, expected, kind):
+    words = philox([kind([word]) for word in counter], key)
     assert tuple(word.item() for word in words) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100, 129, 300])
+def test_devices_draw_what_the_cpu_draws(rows):
+    keys, columns = [derive_key(part) for part in "abc"], torch.tensor([5, 0, 2**33 + 7, 130, 2**61])
+    expected = philox_module._signs_by_torch(keys, columns, rows)
+    assert expected.dtype == torch.int8 and set(expected.unique().tolist()) == {-1, 1}
+    assert torch.equal(signs(keys, columns, rows), expected)
 
 
 def test_rows_and_columns_do_not_depend_on_what_else_is_asked_for():

@@ -225,7 +225,7 @@ def measure_a_module_that_ran(passes: int) -> KernelSimilarity:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [0, 1, 2])
+@pytest.mark.parametrize("passes", [0, 2])
 def test_a_module_is_measured_as_its_engine_is_whatever_it_ran_before(ranks: RankPool, passes: int):
     """DeepSpeed gathers ahead by the order of earlier passes, and would keep the embedding for one that never comes."""
     expected, selves = measured("llama", True)

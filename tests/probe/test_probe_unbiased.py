@@ -7,6 +7,7 @@ import torch
 from toy_models import PROMPTS_A, PROMPTS_B, reference, toy_model
 
 from dcr_scale.probe import KernelProbe
+from dcr_scale.probe.capture import Capture
 
 SEEDS = 200
 
@@ -18,10 +19,14 @@ def assert_unbiased(estimates: torch.Tensor, truth: torch.Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "tied", "groups"),
-    [("llama", True, 4), ("llama", False, 1), ("qwen3", False, 2), ("qwen3-moe", True, 4)],
+    ("family", "tied", "groups", "one_backward"),
+    [("llama", True, 4, True), ("llama", False, 1, False), ("qwen3", False, 2, True), ("qwen3-moe", True, 4, True)],
 )
-def test_the_mean_is_the_truth_and_intervals_cover_it(family, tied, groups):
+def test_the_mean_is_the_truth_and_intervals_cover_it(
+    monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, groups: int, one_backward: bool
+):
+    """``one_backward``: as under ZeRO-3, a row for each probe in one pass."""
+    monkeypatch.setattr(Capture, "one_backward", one_backward)
     model = toy_model(family, tied=tied)
     squared, by_layer = reference(model.double(), PROMPTS_A, PROMPTS_B)
     selves, _ = reference(model, PROMPTS_A, PROMPTS_A)
