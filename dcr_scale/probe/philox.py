@@ -1,4 +1,4 @@
-"""Random numbers by counter: Philox4x32-10, as integer arithmetic on tensors.
+"""Random numbers by counter: Philox4x32-10, as integer arithmetic on tensors or arrays.
 
 An entry of a projection is a function of (key, row, column) alone. It is the same on every device and world size, need
 not be stored, and does not change when more of them are drawn: the first rows of a larger matrix are the smaller one.
@@ -78,7 +78,7 @@ def _signs_by_torch(keys: Sequence[tuple[int, int]], columns: Tensor, rows: int)
 
 
 def _signs_by_numpy(keys: Sequence[tuple[int, int]], columns: np.ndarray, rows: int) -> np.ndarray:
-    """The same on the CPU, where draws are many and small, and numpy's operators start four times as fast."""
+    """The same on the CPU, where draws are many and small, and numpy's operators start sooner."""
     low, high = (columns & _MASK)[:, None, None], (columns >> 32)[:, None, None]
     call, key_K2 = np.arange(math.ceil(rows / _ROWS_A_CALL)), np.array(keys)
     words = philox((low, high, call, np.zeros_like(call)), (key_K2[:, :1], key_K2[:, 1:]))
