@@ -82,7 +82,8 @@ def _signs_by_numpy(keys: Sequence[tuple[int, int]], columns: np.ndarray, rows: 
     low, high = (columns & _MASK)[:, None, None], (columns >> 32)[:, None, None]
     call, key_K2 = np.arange(math.ceil(rows / _ROWS_A_CALL)), np.array(keys)
     words = philox((low, high, call, np.zeros_like(call)), (key_K2[:, :1], key_K2[:, 1:]))
-    bytes_JKB = np.stack(words, axis=-1).astype("<u4").reshape(len(columns), len(keys), -1).view(np.uint8)
+    words_JKW = np.stack(words, axis=-1).astype("<u4").reshape(len(columns), len(keys), 4 * len(call))
+    bytes_JKB = words_JKW.view(np.uint8)
     return 2 * np.unpackbits(bytes_JKB, axis=-1, count=rows, bitorder="little").view(np.int8) - 1
 
 

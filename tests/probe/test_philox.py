@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcr_scale.probe import philox as philox_module
-from dcr_scale.probe.philox import derive_key, normals, philox, signs
+from dcr_scale.probe.philox import _signs_by_torch, derive_key, normals, philox, signs
 
 # From the generator's authors: counter, key, output.
 KNOWN = [
@@ -31,9 +30,10 @@ def test_known_answers(counter, key, expected, kind):
 @pytest.mark.parametrize("rows", [1, 16, 100, 129, 300])
 def test_devices_draw_what_the_cpu_draws(rows):
     keys, columns = [derive_key(part) for part in "abc"], torch.tensor([5, 0, 2**33 + 7, 130, 2**61])
-    expected = philox_module._signs_by_torch(keys, columns, rows)
+    expected = _signs_by_torch(keys, columns, rows)
     assert expected.dtype == torch.int8 and set(expected.unique().tolist()) == {-1, 1}
     assert torch.equal(signs(keys, columns, rows), expected)
+    assert signs(keys, columns[:0], rows).shape == _signs_by_torch(keys, columns[:0], rows).shape == (0, 3, rows)
 
 
 def test_rows_and_columns_do_not_depend_on_what_else_is_asked_for():
