@@ -1,6 +1,6 @@
 """Four processes that tests borrow as ranks, started once per test session.
 
-A rank wants libraries that take ten seconds to import, a job on a waiting rank takes milliseconds. So the ranks are
+A rank wants libraries that take many times longer to import than most jobs take on a waiting rank. So the ranks are
 forked on first use from a server that has the libraries, keep their process group while the world size stays the same,
 and are replaced only when a job hangs or one of them has died.
 """
